@@ -11,7 +11,8 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from configs.loading import ConfigError, LoadedConfig, load_text, read_text
 from configs.other_tools import (
@@ -22,9 +23,20 @@ from configs.other_tools import (
     detect,
     find,
     hub_dataset,
+    number,
 )
 from configs.schema import FinetuneConfig, Section, sections_of
-from configs.yaml_source import Origin, parse_yaml, shown, without_variables
+from configs.yaml_source import (
+    SECRETS_COME_FROM,
+    Origin,
+    has_variable,
+    looks_secret,
+    names_secret,
+    parse_yaml,
+    plain_scalar,
+    shown,
+    without_variables,
+)
 from configs.yaml_writer import commented_yaml
 from utils.command_line import main_line
 
@@ -97,7 +109,9 @@ class Conversion:
     """Reason -> keys that need no counterpart."""
 
     def put(self, key: str, value: Any, source: str) -> None:
-        """Set our key; a second value for a key is reported."""
+        """Set our key, a number also from its text; a second value for a key is reported."""
+        if key in _NUMBERS and isinstance(value, str):
+            value = plain_scalar(value)
         if key in self.ours and self.ours[key] != value:
             self.changes.append(
                 f"{source}: `{key}: {shown(self.ours[key])}` is kept, from {self.sources[key][0]}"
@@ -120,10 +134,27 @@ class Conversion:
         """Remove and return the value of their key."""
         return self.theirs.pop(key, default)
 
+    def take_items(self, key: str) -> list[Any]:
+        """Remove and return the items of their key's list; a value that is no list is one item."""
+        value = self.theirs.pop(key, None)
+        return value if isinstance(value, list) else [] if value is None else [value]
+
+    def number(self, key: str, default: float) -> float:
+        """Return the number of their key; another value is removed, reported, and replaced by the default."""
+        try:
+            return number(self.theirs.get(key, default))
+        except NoCounterpartError as error:
+            self.change(key, self.take(key), str(error))
+            return default
+
     def translate(self, key: str, value: Any, source: str = "") -> None:
         """Translate one key by the table."""
         row = find(key, self.tool)
-        if row is None and key in SAME_NAME:
+        if names_secret(key):
+            self.skip(key, SECRETS_COME_FROM)
+        elif row is None and key in _SECTIONS and not isinstance(value, dict):
+            self.change(key, value, "is not a section of `key: value` lines")
+        elif row is None and key in SAME_NAME:
             self.put(key, value, source or key)
         elif row is None and value is False:
             self.skip(key, "it is off")
@@ -149,7 +180,7 @@ class Conversion:
 
 
 def convert(text: str, path: Path) -> Conversion:
-    """Translate another tool's YAML.
+    """Read and translate another tool's YAML.
 
     Args:
         text: the YAML.
@@ -168,6 +199,12 @@ def convert(text: str, path: Path) -> Conversion:
         raise ConfigError(
             f"{path}: is not a YAML of {known}. Check Anneal's own with: {main_line(str(path), '--print-config')}"
         )
+    return translate(data, tool, path)
+
+
+def translate(data: dict[str, Any], tool: Tool, path: Path) -> Conversion:
+    """Translate the keys of another tool's YAML; arguments as in `convert`."""
+    data = _without_secrets(data)
     given = _resolved(_flat(data)) if tool == "torchtune" else data
     conversion = Conversion(tool, {key: value for key, value in given.items() if value not in (None, "")})
     _SPECIAL[tool](conversion, path)
@@ -234,30 +271,58 @@ def _header(conversion: Conversion, source: Path) -> Iterator[str]:
             )
 
 
-def _body(conversion: Conversion) -> Iterator[str]:
+def nested_settings(conversion: Conversion) -> dict[str, Any]:
+    """Return our settings as they are written, with sections."""
     nested: dict[str, Any] = {}
     for key in sorted(conversion.ours, key=_place):
         section, _, inner = key.partition(".")
+        value = conversion.ours[key]
+        if not isinstance(value, str):  # a variable in a list or a section would have been a text there
+            value = without_variables({key: value})[key]
         if inner:
-            nested[section] = nested.get(section, {}) | {inner: conversion.ours[key]}
+            nested[section] = nested.get(section, {}) | {inner: value}
         else:
-            nested[key] = conversion.ours[key]
+            nested[key] = value
+    return nested
+
+
+def _body(conversion: Conversion) -> Iterator[str]:
     comments = {
         key: ", ".join(source for source in sources if source != key)
         for key, sources in conversion.sources.items()
     }
-    yield from commented_yaml(without_variables(nested), comments)
+    yield from commented_yaml(nested_settings(conversion), comments)
 
 
-def _declared(section: type[Section], above: str = "") -> Iterator[str]:
+def _is_number(annotation: Any) -> bool:
+    """Return whether a field takes a number, and no text but a few words."""
+    if get_origin(annotation) is Annotated:
+        return _is_number(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return str not in get_args(annotation) and any(map(_is_number, get_args(annotation)))
+    return annotation in (int, float)
+
+
+def _is_section(annotation: Any) -> bool:
+    """Return whether a field takes a section, and nothing else but null."""
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    kinds = [kind for kind in kinds if kind is not type(None)]
+    return all(isinstance(kind, type) and issubclass(kind, Section) for kind in kinds)
+
+
+def _fields(section: type[Section], above: str = "") -> Iterator[tuple[str, Any]]:
     for name, declared in section.model_fields.items():
-        yield f"{above}{name}"
+        yield f"{above}{name}", declared.annotation
         for below in sections_of(declared.annotation) if not above else ():
-            yield from _declared(below, f"{name}.")
+            yield from _fields(below, f"{name}.")
 
 
-_PLACES = {key: place for place, key in enumerate(dict.fromkeys(_declared(FinetuneConfig)))}
+_PLACES = {key: place for place, key in enumerate(dict(_fields(FinetuneConfig)))}
 """Our dotted keys, in the order of their declaration."""
+_NUMBERS = frozenset(key for key, annotation in _fields(FinetuneConfig) if _is_number(annotation))
+"""Our dotted keys that take a number."""
+_SECTIONS = frozenset(key for key, annotation in _fields(FinetuneConfig) if _is_section(annotation))
+"""Our keys that take a section."""
 
 
 def _place(key: str) -> tuple[int, str]:
@@ -270,6 +335,21 @@ def _flat(data: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     for key, value in data.items():
         keys |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
     return keys
+
+
+def _without_secrets(value: Any, key: str = "") -> Any:
+    """Replace each secret by the environment variable of its key."""
+    if isinstance(value, dict):
+        return {name: _without_secrets(below, name) for name, below in value.items()}
+    if isinstance(value, list):
+        return [_without_secrets(below, key) for below in value]
+    is_secret = names_secret(key) and not isinstance(value, bool | None)
+    is_secret = is_secret or (isinstance(value, str) and looks_secret(value))
+    return f"${{{_variable_of(key)}}}" if is_secret else value
+
+
+def _variable_of(key: str) -> str:
+    return re.sub(r"[^A-Z0-9_]", "_", key.upper())
 
 
 def _resolved(theirs: dict[str, Any]) -> dict[str, Any]:
@@ -295,10 +375,11 @@ def _huggingface(conversion: Conversion, path: Path) -> None:
         conversion.theirs.get("eval_strategy", conversion.theirs.get("evaluation_strategy", "no")) != "no"
     )
     if name:
-        conversion.put("train_path", _rows(name, path, config, split), "dataset_name")
+        conversion.put("train_path", _rows(str(name), path, config, split), "dataset_name")
         if evaluates and "valid_split" not in conversion.ours:
-            conversion.put("valid_path", _rows(name, path, config, test), "dataset_test_split")
-    mixture = conversion.take("dataset_mixture", {})
+            conversion.put("valid_path", _rows(str(name), path, config, test), "dataset_test_split")
+    mixture = conversion.take("dataset_mixture")
+    mixture = mixture if isinstance(mixture, dict) else {}
     if isinstance(items := conversion.take("datasets", mixture.get("datasets")), list):
         _dataset_mixture(conversion, [item for item in items if isinstance(item, dict)], path)
     if "test_split_size" in mixture:
@@ -378,12 +459,11 @@ def _axolotl(conversion: Conversion, path: Path) -> None:
         _axolotl_datasets(conversion, rows, path, preference=bool(preference))
         for item in rows:
             _axolotl_rows(conversion, item if isinstance(item, dict) else {})
-    if isinstance(tests := conversion.take("test_datasets"), list):
-        paths = [_axolotl_path(item, path) for item in tests if isinstance(item, dict)]
+    tests = [item for item in conversion.take_items("test_datasets") if isinstance(item, dict)]
+    if paths := [_axolotl_path(item, path) for item in tests]:
         conversion.put("valid_path", paths if len(paths) > 1 else paths[0], "test_datasets")
-    if isinstance(texts := conversion.take("pretraining_dataset"), list | dict | str):
-        first = texts[0] if isinstance(texts, list) else texts
-        item = first if isinstance(first, dict) else {"path": first}
+    if texts := conversion.take_items("pretraining_dataset"):
+        item = texts[0] if isinstance(texts[0], dict) else {"path": texts[0]}
         conversion.put("train_path", _axolotl_path(item, path), "pretraining_dataset")
         conversion.put("task", "causal_lm", "pretraining_dataset")
         if item.get("text_column", "text") != "text":
@@ -391,7 +471,8 @@ def _axolotl(conversion: Conversion, path: Path) -> None:
     if theirs.get("tokenizer_config") == theirs.get("base_model") and conversion.take("tokenizer_config"):
         conversion.skip("tokenizer_config", SAME)
     targets = conversion.theirs.get("lora_target_modules")
-    if theirs.get("lora_target_linear") and targets and not {"embed_tokens", "lm_head"} & set(targets):
+    embeddings = ("embed_tokens", "lm_head")
+    if theirs.get("lora_target_linear") and targets and not any(name in str(targets) for name in embeddings):
         conversion.take("lora_target_modules")
         conversion.skip("lora_target_modules", "`lora_target_linear: true` includes them")
     adapter = conversion.take("adapter")
@@ -405,14 +486,13 @@ def _axolotl(conversion: Conversion, path: Path) -> None:
     if adapter not in ("lora", "qlora"):
         _drop_adapter_keys(conversion, "adapter")
     _axolotl_intervals(conversion)
+    _settle_strategies(conversion)
     _axolotl_extras(conversion)
     if isinstance(settings := theirs.get("trl"), dict) and "beta" in settings:
-        conversion.put("preference_tuning_config.beta", float(settings["beta"]), "trl.beta")
+        conversion.translate("rl_beta", settings["beta"], "trl.beta")
         conversion.take("trl")
     if preference or conversion.ours.get("task") == "causal_lm":
         conversion.take("train_on_inputs")
-    if "learning_rate" in theirs:
-        theirs["learning_rate"] = float(theirs["learning_rate"])
 
 
 def _drop_adapter_keys(conversion: Conversion, switch: str) -> None:
@@ -422,25 +502,26 @@ def _drop_adapter_keys(conversion: Conversion, switch: str) -> None:
 
 
 def _axolotl_intervals(conversion: Conversion) -> None:
-    epochs = conversion.theirs.get("num_epochs", 1)
+    if has_variable(conversion.theirs.get("num_epochs")):
+        return  # the number of times per run is not known: the table gives the part of an epoch
     for theirs, ours in (("evals_per_epoch", "eval_steps"), ("saves_per_epoch", "save_steps")):
-        count = conversion.take(theirs)
-        if not count:
+        per_run = conversion.number(theirs, 0) * conversion.number("num_epochs", 1)
+        conversion.take(theirs)
+        if per_run <= 0:
             continue
-        share = 1 / (count * epochs)
+        share = 1 / per_run
         if share < 1:
             conversion.put(ours, share, theirs)
         else:
             conversion.put(ours, 0.999999, theirs) if share > 1 else conversion.skip(
                 theirs, "the last step always has one"
             )
-    _settle_strategies(conversion)
 
 
 def _axolotl_extras(conversion: Conversion) -> None:
     if conversion.theirs.get("cosine_min_lr_ratio"):
         conversion.take("lr_scheduler")  # the ratio selects a schedule of its own
-    for plugin in conversion.take("plugins", []):
+    for plugin in conversion.take_items("plugins"):
         name = str(plugin).lower()
         if "liger" in name:
             conversion.put("kernels", "liger", "plugins")
@@ -579,7 +660,7 @@ def _axolotl_prompt(conversion: Conversion, kind: Mapping[str, Any]) -> None:
     """Translate a prompt of one's own: `format` with {instruction} and {input}, and the columns that they stand for."""
     names = {part: kind.get(f"field_{part}") or part for part in ("instruction", "input", "output")}
     text = kind.get("format")
-    if not text:
+    if not isinstance(text, str) or not text:
         for ours, theirs in names.items():
             if ours != theirs:
                 conversion.put(f"columns.{ours}", theirs, f"datasets.type.field_{ours}")
@@ -623,16 +704,16 @@ def _is_hub_name(name: str, path: Path) -> bool:
 def _llamafactory(conversion: Conversion, path: Path) -> None:
     directory = str(conversion.take("dataset_dir", "data"))
     for theirs, ours in (("dataset", "train_path"), ("eval_dataset", "valid_path")):
-        value = conversion.take(theirs)
-        names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value or []
+        items = conversion.take_items(theirs)
+        names = [name.strip() for item in items for name in str(item).split(",") if name.strip()]
         if names:
             paths = [_llamafactory_rows(conversion, name, directory, path, theirs) for name in names]
             conversion.put(ours, paths if len(paths) > 1 else paths[0], f"{theirs} in dataset_dir")
     kind = conversion.take("finetuning_type", "lora")
     if kind == "lora":
         conversion.put("lora_config", {}, "finetuning_type")
-        rank = conversion.theirs.get("lora_rank", 8)
-        conversion.theirs.setdefault("lora_rank", rank)
+        rank = conversion.number("lora_rank", 8)
+        conversion.theirs["lora_rank"] = rank
         conversion.theirs.setdefault("lora_alpha", 2 * rank)
     else:
         if kind != "full":
@@ -663,7 +744,7 @@ def _llamafactory_rows(conversion: Conversion, name: str, directory: str, path: 
         )
         return f"{name}.json"
     entry = _dataset_info(directory, path).get(name)
-    if entry is None:
+    if not isinstance(entry, dict):
         conversion.changes.append(
             f"{key}: {name}: {directory}/dataset_info.json does not describe it here: check the path of the file"
         )
@@ -700,7 +781,8 @@ def _torchtune(conversion: Conversion, path: Path) -> None:
     if component.startswith(("lora_", "qlora_")):
         conversion.put("lora_config", {}, "model._component_")
         modules = [
-            _TORCHTUNE_MODULES.get(name, name) for name in conversion.take("model.lora_attn_modules", [])
+            _TORCHTUNE_MODULES.get(str(name), name)
+            for name in conversion.take_items("model.lora_attn_modules")
         ]
         modules += _MLP_MODULES if conversion.take("model.apply_lora_to_mlp") else []
         modules += ["lm_head"] if conversion.take("model.apply_lora_to_output") else []
@@ -709,16 +791,16 @@ def _torchtune(conversion: Conversion, path: Path) -> None:
             conversion.put("load_in_4bit", True, "model._component_")
     for key in ("lora_alpha", "lora_dropout", "use_dora"):
         if (value := conversion.take(f"model.{key}")) is not None:
-            conversion.put(
-                f"lora_config.{key}", float(value) if key == "lora_dropout" else value, f"model.{key}"
-            )
+            conversion.put(f"lora_config.{key}", value, f"model.{key}")
     name = str(conversion.take("dataset._component_", "")).rpartition(".")[2]
     source, files = conversion.take("dataset.source"), conversion.take("dataset.data_files")
     split = conversion.take("dataset.split")
     if source in ("json", "csv", "parquet", "text") and files:
         conversion.put("train_path", files, "dataset.data_files")
     elif source or name in _TORCHTUNE_DATASETS:
-        conversion.put("train_path", _rows(source or _TORCHTUNE_DATASETS[name], path, None, split), "dataset")
+        conversion.put(
+            "train_path", _rows(str(source or _TORCHTUNE_DATASETS[name]), path, None, split), "dataset"
+        )
     if name.startswith("alpaca"):
         on_input = conversion.take("dataset.train_on_input", True)
         conversion.put("task", "causal_lm" if on_input else "instruction_tuning", "dataset.train_on_input")

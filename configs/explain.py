@@ -1,6 +1,7 @@
 """Explain validation errors: what is wrong with a value or a key, and what to write instead."""
 
 import difflib
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
@@ -168,6 +169,8 @@ def _phrase(error: ErrorDetails) -> str:
             return f"a number above {limits['gt']:g}"
         case "greater_than_equal":
             return f"a number of at least {limits['ge']:g}"
+        case "less_than_equal":
+            return f"a number of at most {limits['le']:,}"
         case "less_than":
             return f"a number below {limits['lt']:g}"
         case "finite_number":
@@ -211,7 +214,14 @@ def _fix(path: KeyPath, value: Any, errors: list[ErrorDetails]) -> str:
         return _section_fix(path, value, sections)
     if path[-1] in ("train_path", "valid_path") and isinstance(value, dict):
         return f"write a path, or a list of paths such as `{path[-1]}: [{{path: a.jsonl, weight: 2}}, {{path: b.jsonl, weight: 1}}]`"
-    return f"{_expected(path, errors)}{_hint(value, errors)}"
+    expected, hint = _expected(path, errors), _hint(value, errors)
+    if len(expected) > _LONG and hint.startswith(_MEANT):
+        return hint.strip(" ()")  # the line stays within two lines of a terminal
+    return f"{expected}{hint}"
+
+
+_LONG = 80
+_MEANT = " (did you mean "
 
 
 def _hint(value: Any, errors: list[ErrorDetails]) -> str:
@@ -235,7 +245,7 @@ def _hint(value: Any, errors: list[ErrorDetails]) -> str:
         if value.lower() == "gpu" and "cuda" in choices:
             return " (use `cuda` for a GPU)"
         if near := difflib.get_close_matches(value.lower(), choices, n=1):
-            return f" (did you mean `{near[0]}`?)"
+            return f"{_MEANT}`{near[0]}`?)"
     return ""
 
 
@@ -262,6 +272,8 @@ def _other_tools_value(path: KeyPath, value: Any) -> tuple[str, str]:
         return "", ""
     try:
         settings = row.settings(value)
+    except other_tools.NotNumberError:
+        return "", ""
     except other_tools.NoCounterpartError as error:
         return "", "" if _is_near_a_choice(path, value) else str(error)
     except (TypeError, ValueError, AttributeError):
@@ -290,8 +302,8 @@ _OTHER_VALUES = {
     ("task", "pt"): "write `task: causal_lm`",
     ("task", "pretrain"): "write `task: causal_lm`",
     ("task", "pretraining"): "write `task: causal_lm`",
-    ("dtype", "fp16"): f"write `dtype: bf16` or `dtype: fp32` ({other_tools.NO_FP16})",
-    ("dtype", "float16"): f"write `dtype: bf16` or `dtype: fp32` ({other_tools.NO_FP16})",
+    ("dtype", "fp16"): other_tools.NO_FP16,
+    ("dtype", "float16"): other_tools.NO_FP16,
     (
         "checkpoint_and_evaluation_frequency",
         "epochs",
@@ -331,7 +343,7 @@ def _section_fix(path: KeyPath, value: Any, sections: list[type[Section]]) -> st
     )
     names = list(fields)
     return (
-        f"write {default}a section with keys {', '.join(names[:8])}{' and others' if len(names) > 8 else ''}"
+        f"write {default}a section with keys {', '.join(names[:4])}{' and others' if len(names) > 4 else ''}"
     )
 
 
@@ -425,6 +437,8 @@ def _unknown_key(data: dict[str, Any], path: KeyPath, value: Any, origin: Origin
         return f"`{dotted(path)}` is not a key: write `{path[0]}: {{unit: {key}, frequency: {shown(value)}}}`"
     if len(path) == 1 and key in _OTHER_NAMES:
         return f"`{key}` is not a key: did you mean `{_OTHER_NAMES[key]}`?"
+    if names := _names_split_by_commas(data, path):
+        return f"`{dotted(path)}` is not a key: write {names}, since a comma ends a value in braces"
     siblings = _keys_of(path[:-1], data)
     if near := difflib.get_close_matches(key.lower(), siblings, n=1):
         return f"`{dotted(path)}` is not a key: did you mean `{dotted((*path[:-1], near[0]))}`?"
@@ -437,6 +451,24 @@ def _unknown_key(data: dict[str, Any], path: KeyPath, value: Any, origin: Origin
     if near := difflib.get_close_matches(key.lower(), siblings, n=1, cutoff=0.5):
         return f"`{dotted(path)}` is not a key (the closest is `{dotted((*path[:-1], near[0]))}`): remove it"
     return f"`{dotted(path)}` is not a key: remove it"
+
+
+def _names_split_by_commas(data: dict[str, Any], path: KeyPath) -> str:
+    """Return the list that is meant by `{target_modules: q_proj,v_proj}`, which YAML reads as a key v_proj without a value."""
+    above: Any = data
+    for part in path[:-1]:
+        above = above[part]
+    keys = list(above)
+    known = set(_keys_of(path[:-1], data))
+    for start in range(keys.index(path[-1]) - 1, -1, -1):
+        if keys[start] in known:
+            rest = itertools.takewhile(
+                lambda name: name not in known and above[name] is None, keys[start + 1 :]
+            )
+            names = [above[keys[start]], *rest]
+            is_cut = path[-1] in names and isinstance(names[0], str)
+            return f"`{keys[start]}: {flow(names)}`" if is_cut else ""
+    return ""
 
 
 def _is_known(key: str) -> bool:
@@ -468,6 +500,8 @@ def other_tools_key(key: str, value: Any, data: Mapping[str, Any] = {}, *, as_ov
     counterpart = f"another tool's key: its counterpart is `{row.ours}`{note}"
     try:
         settings = row.settings(value)
+    except other_tools.NotNumberError:
+        return counterpart
     except other_tools.NoCounterpartError as error:
         return f"another tool's key: {error}"
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError):

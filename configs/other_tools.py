@@ -4,12 +4,14 @@ One table serves two readers: errors about an unknown key, and `main.py convert`
 TRL 1.15, Axolotl 0.19, LLaMA-Factory 0.9.5 and torchtune 0.6.1, with names of earlier versions that files still have.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Literal, get_args
 
 from configs.schema import DEEPSPEED_PRESETS, FinetuneConfig
+from configs.yaml_source import has_variable, plain_scalar
 
 Tool = Literal["huggingface", "axolotl", "llamafactory", "torchtune"]
 
@@ -27,8 +29,33 @@ class NoCounterpartError(ValueError):
     """An error about a value that has no counterpart; the message says what to use instead."""
 
 
+class NotNumberError(NoCounterpartError):
+    """An error about a value that is no number, where a number has a counterpart."""
+
+
 class Ours(dict[str, Any]):
     """Several settings that replace one: our dotted keys and their values."""
+
+
+def _unchanged(value: Any) -> Any:
+    return value
+
+
+def number(value: Any) -> int | float:
+    """Return a number, which these tools also read from text such as "2e-4"; raise NotNumberError for other values."""
+    found = plain_scalar(value) if isinstance(value, str) else value
+    if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
+        raise NotNumberError("write a number")
+    return found
+
+
+def _fraction(value: Any) -> float:
+    return float(number(value))
+
+
+def _count(value: Any) -> int | float | None:
+    """Return a number; None for zero and null, which turn a limit off."""
+    return number(value) or None if value is not None else None
 
 
 @dataclass(frozen=True)
@@ -44,7 +71,7 @@ class Counterpart:
     ours: str | None
     """Our key, dotted in a section; None: there is none."""
 
-    value: Callable[[Any], Any] = lambda value: value
+    value: Callable[[Any], Any] = _unchanged
     """Returns the value of our key, or Ours; None: nothing to write. Raises NoCounterpartError."""
 
     note: str = ""
@@ -70,6 +97,10 @@ class Counterpart:
             return Ours()
         if isinstance(value, str):
             value = _SWITCHES.get(value.lower(), value)
+        if has_variable(value):
+            if self.value not in _NUMERIC and self.value is not _unchanged:
+                raise NoCounterpartError("write its value: that of a variable is not known here")
+            return Ours({self.ours: value})
         converted = self.value(value)
         if converted is None:
             return Ours()
@@ -79,7 +110,7 @@ class Counterpart:
 _OFF = (False, 0, "", "none", [], {})
 _SWITCHES = {"yes": True, "on": True, "no": False, "off": False}  # YAML 1.1 reads them so; here they are text
 
-NO_FP16 = "fp16 training is not supported: `dtype: bf16` needs an NVIDIA GPU since 2020 (A10G, A100, L4), `dtype: fp32` runs on any"
+NO_FP16 = "fp16 is not supported: write `dtype: bf16` (NVIDIA GPUs since 2020) or `dtype: fp32`"
 _CHOICES: dict[str, tuple[str, ...]] = {
     key: get_args(FinetuneConfig.model_fields[key].annotation) for key in ("optim", "lr_scheduler_type")
 }
@@ -186,23 +217,24 @@ def deepspeed_setting(value: Any) -> Any:
 
 
 def _max_steps(value: Any) -> Any:
-    return value if isinstance(value, int) and value > 0 else None
+    steps = number(value)
+    return steps if steps > 0 else None
 
 
 def _share(value: Any) -> Any:
-    if not value:
-        return None
-    if value >= 1:
+    share = number(value) if value else 0
+    if share >= 1:
         raise NoCounterpartError(
             "a number of rows is not supported: write `valid_split` as a share of the rows, such as 0.05"
         )
-    return value
+    return share or None
 
 
 def _warmup(value: Any) -> Any:
-    if isinstance(value, float) and 0 < value < 1:
-        return Ours({"warmup_ratio": value})
-    return int(value)
+    steps = number(value)
+    if isinstance(steps, float) and 0 < steps < 1:
+        return Ours({"warmup_ratio": steps})
+    return int(steps)
 
 
 def _tracker(value: Any) -> Any:
@@ -298,13 +330,15 @@ def _eval_strategy(value: Any) -> Any:
 
 
 def _per_epoch(value: Any) -> Any:
-    return {"unit": "epochs", "frequency": round(1 / value, 4)} if value else None
+    return {"unit": "epochs", "frequency": round(1 / number(value), 4)} if value else None
 
 
 def _paths(value: Any) -> Any:
     """Return the paths of Axolotl's list of data sets."""
     items = value if isinstance(value, list) else [value]
-    paths = [item["path"] if isinstance(item, dict) else item for item in items]
+    paths = [item.get("path") if isinstance(item, dict) else item for item in items]
+    if not paths or not all(isinstance(path, str) for path in paths):
+        raise NoCounterpartError("name the rows in `train_path` and `valid_path`")
     return paths if len(paths) > 1 else paths[0]
 
 
@@ -323,7 +357,28 @@ def _new_tokens(value: Any) -> Any:
 
 
 def _max_devices(value: Any) -> Any:
-    return value if value and value > 1 else None
+    devices = number(value)
+    return devices if devices > 1 else None
+
+
+def _excess(value: Any) -> Any:
+    return "error" if value == "raise" else value
+
+
+def _resources(value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise NoCounterpartError("write `worker_resources: {CPU: 8}`")
+    return {name: amount for name, amount in value.items() if (name, amount) != ("GPU", 1)} or None
+
+
+def _cosine_floor(value: Any) -> Ours:
+    return Ours(
+        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs.min_lr_rate": _fraction(value)}
+    )
+
+
+_NUMERIC = (_fraction, _count, _max_steps, _share, _warmup, _max_devices)
+"""Conversions of a number to a number: a variable may stand for it."""
 
 
 _NO_8BIT = (
@@ -436,10 +491,10 @@ TABLE: tuple[Counterpart, ...] = (
     Counterpart("a", "val_set_size", "valid_split", _share),
     Counterpart("h", "test_split_size", "valid_split", _share),
     Counterpart("l", "val_size", "valid_split", _share),
-    Counterpart("l", "max_samples", "max_train_rows", lambda value: value or None),
-    Counterpart("h", "max_train_samples", "max_train_rows", lambda value: value or None),
-    Counterpart("h", "max_eval_samples", "max_valid_rows", lambda value: value or None),
-    Counterpart("a", "eval_table_size", "eval_samples", lambda value: value or None),
+    Counterpart("l", "max_samples", "max_train_rows", _count),
+    Counterpart("h", "max_train_samples", "max_train_rows", _count),
+    Counterpart("h", "max_eval_samples", "max_valid_rows", _count),
+    Counterpart("a", "eval_table_size", "eval_samples", _count),
     Counterpart("a", "sequence_len", "context_length"),
     Counterpart("l", "cutoff_len", "context_length"),
     Counterpart("h", "max_length", "context_length"),
@@ -463,7 +518,7 @@ TABLE: tuple[Counterpart, ...] = (
         "a",
         "excess_length_strategy",
         "long_rows",
-        lambda value: {"raise": "error"}.get(value, value),
+        _excess,
     ),
     Counterpart("a", "sample_packing", "packing", bool),
     Counterpart(
@@ -522,7 +577,7 @@ TABLE: tuple[Counterpart, ...] = (
         "a",
         "batch_size",
         "train_batch_size",
-        lambda value: Ours({"train_batch_size": value, "train_batch_size_per_device": "auto"}),
+        lambda value: Ours({"train_batch_size": number(value), "train_batch_size_per_device": "auto"}),
     ),
     Counterpart("hl", "per_device_eval_batch_size", "eval_batch_size_per_device"),
     Counterpart("a", "eval_batch_size", "eval_batch_size_per_device"),
@@ -544,14 +599,12 @@ TABLE: tuple[Counterpart, ...] = (
     Counterpart("t", "lr_scheduler._component_", "lr_scheduler_type", _scheduler),
     Counterpart("t", "lr_scheduler.num_warmup_steps", "num_warmup_steps"),
     Counterpart("hal", "warmup_steps", "num_warmup_steps", _warmup),
-    Counterpart("hal", "warmup_ratio", "warmup_ratio", lambda value: value or None),
+    Counterpart("hal", "warmup_ratio", "warmup_ratio", _count),
     Counterpart(
         "a",
         "cosine_min_lr_ratio",
         "lr_scheduler_kwargs.min_lr_rate",
-        lambda value: Ours(
-            {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs.min_lr_rate": float(value)}
-        ),
+        _cosine_floor,
     ),
     Counterpart("t", "clip_grad_norm", "max_grad_norm"),
     Counterpart("hal", "neftune_noise_alpha", None, note="NEFTune is not supported", differs=True),
@@ -637,7 +690,7 @@ TABLE: tuple[Counterpart, ...] = (
     Counterpart("l", "lora_rank", "lora_config.r"),
     Counterpart("t", "model.lora_rank", "lora_config.r"),
     Counterpart("hal", "lora_alpha", "lora_config.lora_alpha"),
-    Counterpart("hal", "lora_dropout", "lora_config.lora_dropout", float),
+    Counterpart("hal", "lora_dropout", "lora_config.lora_dropout", _fraction),
     Counterpart("ha", "lora_target_modules", "lora_config.target_modules", _names),
     Counterpart("l", "lora_target", "lora_config.target_modules", _names),
     Counterpart("ha", "lora_target_parameters", "lora_config.target_parameters"),
@@ -655,12 +708,12 @@ TABLE: tuple[Counterpart, ...] = (
     # Preferences
     Counterpart("a", "rl", "task", _rl),
     Counterpart("l", "stage", "task", _stage),
-    Counterpart("h", "beta", "preference_tuning_config.beta", float),
-    Counterpart("a", "rl_beta", "preference_tuning_config.beta", float),
-    Counterpart("l", "pref_beta", "preference_tuning_config.beta", float),
+    Counterpart("h", "beta", "preference_tuning_config.beta", _fraction),
+    Counterpart("a", "rl_beta", "preference_tuning_config.beta", _fraction),
+    Counterpart("l", "pref_beta", "preference_tuning_config.beta", _fraction),
     Counterpart("l", "pref_loss", "preference_tuning_config.loss", _loss),
     Counterpart("h", "loss_type", "preference_tuning_config.loss", _loss),
-    Counterpart("a", "orpo_alpha", "preference_tuning_config.beta", float),
+    Counterpart("a", "orpo_alpha", "preference_tuning_config.beta", _fraction),
     # Evaluation, checkpoints, results
     Counterpart("hl", "eval_on_start", "eval_first", bool),
     Counterpart(
@@ -693,7 +746,7 @@ TABLE: tuple[Counterpart, ...] = (
         "hal",
         "save_total_limit",
         "num_checkpoints_to_keep",
-        lambda value: value or None,
+        _count,
         "the best by eval loss are kept, and the latest",
     ),
     Counterpart(
@@ -765,9 +818,7 @@ TABLE: tuple[Counterpart, ...] = (
         "al",
         "resources_per_worker",
         "worker_resources",
-        lambda value: (
-            {name: amount for name, amount in value.items() if (name, amount) != ("GPU", 1)} or None
-        ),
+        _resources,
     ),
     Counterpart("t", "device", "device", lambda value: "cpu" if value == "cpu" else None),
     Counterpart("hl", "use_cpu", "device", _if("cpu")),

@@ -175,6 +175,9 @@ DataUri = Annotated[Text, _uri(*_BUCKETS, "hf", "file"), _UriMark("data")]
 StorageUri = Annotated[Text, _uri(*_BUCKETS, "file"), _UriMark("storage")]
 PositiveInt = Annotated[int, Field(gt=0)]
 NaturalInt = Annotated[int, Field(ge=0)]
+DeviceCount = Annotated[int, Field(gt=0, le=100_000)]  # the checks of a range try every number
+_MOST_SUGGESTED = 5
+RowsPerStep = Annotated[int, Field(gt=0, le=100_000_000)]  # an automatic batch size tries every divisor
 
 
 def _token(text: str) -> str:
@@ -385,10 +388,10 @@ class DeepspeedFile(Section):
 class DeviceRange(Section):
     """Elastic number of Ray Train workers: training shrinks when nodes are lost and grows when nodes return."""
 
-    min: PositiveInt
+    min: DeviceCount
     """Minimum number of workers; with fewer the run waits."""
 
-    max: PositiveInt
+    max: DeviceCount
     """Maximum number of workers. train_batch_size_per_device and gradient_accumulation_steps refer to this number."""
 
     @model_validator(mode="after")
@@ -722,12 +725,12 @@ class FinetuneConfig(Section):
     """Pack several rows into one sequence of context_length tokens (null: of the longest row), without attention across rows.
     Batch sizes then count packed sequences."""
 
-    num_devices: PositiveInt | DeviceRange = 1
+    num_devices: DeviceCount | DeviceRange = 1
     """Number of Ray Train workers, one device each. `{min: 1, max: 2}`: as many of them as the cluster has nodes for. Each step
     uses the same rows for every number of workers: with fewer than max, each worker accumulates more batches. Numbers that
     cannot share the batches equally are skipped."""
 
-    sequence_parallel_size: PositiveInt = 1
+    sequence_parallel_size: DeviceCount = 1
     """Number of workers that share each sequence, for rows that are too long for one device. Each holds an equal part of its
     tokens, and a part of the heads during attention (DeepSpeed-Ulysses). It must divide num_devices and the model's heads. Batch
     sizes per device then count the rows of such a group of workers."""
@@ -753,7 +756,7 @@ class FinetuneConfig(Section):
     train_batch_size_per_device: PositiveInt | Literal["auto"] = 1
     """Rows per device and forward pass; auto: as many rows of train_batch_size as are estimated to fit into memory."""
 
-    train_batch_size: PositiveInt | None = None
+    train_batch_size: RowsPerStep | None = None
     """Rows per optimizer step over all devices, for `train_batch_size_per_device: auto`. Gradient accumulation makes up the
     difference, so that training does not depend on a device's memory."""
 
@@ -1022,8 +1025,9 @@ class FinetuneConfig(Section):
         assert self.train_batch_size is not None
         share = self.train_batch_size // self.replicas_on(self.most_devices)
         fewest = self.replicas_on(self.fewest_devices)
-        for rows in range(share, 0, -1):
-            if share % rows == 0 and (self.train_batch_size // rows) % fewest == 0:
+        low = [rows for rows in range(1, math.isqrt(share) + 1) if share % rows == 0]
+        for rows in sorted({*low, *(share // rows for rows in low)}, reverse=True):
+            if (self.train_batch_size // rows) % fewest == 0:
                 yield rows
 
     def with_batch_size(self, rows: int) -> Self:
@@ -1277,7 +1281,7 @@ def _sequence_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
         return
     for devices in dict.fromkeys((config.fewest_devices, config.most_devices)):
         if devices % size:
-            usable = [str(number) for number in range(1, devices + 1) if devices % number == 0]
+            usable = _nearest(size, [number for number in range(1, devices + 1) if devices % number == 0])
             yield (
                 key,
                 f"`{key}` is {size}, which does not divide `num_devices` ({devices}): use {' or '.join(usable)}, or a multiple of "
@@ -1293,16 +1297,24 @@ def _sequence_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
         yield key, sequence_parallel.error_with("`flash_attention_2`")
 
 
+def _nearest(wanted: int, usable: list[int]) -> list[str]:
+    """Return the usable numbers that are nearest to a wanted one, ascending, for a message."""
+    return list(map(str, sorted(sorted(usable, key=lambda number: abs(number - wanted))[:_MOST_SUGGESTED])))
+
+
 def _batch_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
     rows, size = config.train_batch_size, config.sequence_parallel_size
     if config.train_batch_size_per_device != "auto":
         if config.fewest_devices not in config.device_counts:
             batches = config.replicas_on(config.most_devices) * config.gradient_accumulation_steps
-            usable = [
-                str(count)
-                for count in range(size, config.most_devices, size)
-                if batches % config.replicas_on(count) == 0
-            ]
+            usable = _nearest(
+                config.fewest_devices,
+                [
+                    count
+                    for count in range(size, config.most_devices, size)
+                    if batches % config.replicas_on(count) == 0
+                ],
+            )
             yield (
                 "num_devices.min",
                 f"`num_devices.min` is {config.fewest_devices}, but that many devices cannot share the {batches} batches of a step "
@@ -1584,6 +1596,21 @@ def _uris_below(section: Section, above: str) -> Iterator[UriField]:
                 yield from _uris_below(item, f"{key}.")
             elif kind and item is not None:
                 yield UriField(key, kind, item)
+
+
+def uri_keys(*kinds: UriKind) -> tuple[str, ...]:
+    """Return the top-level keys whose values hold URIs of these kinds, by the types of their fields."""
+    return tuple(
+        key for key in FinetuneConfig.model_fields if set(kinds) & set(_kinds_of(FinetuneConfig, key))
+    )
+
+
+def _kinds_of(section: type[Section], key: str) -> Iterator[UriKind]:
+    field = section.model_fields[key]
+    yield from _uri_kinds(*field.metadata, field.annotation)
+    for below in sections_of(field.annotation):
+        for name in below.model_fields:
+            yield from _kinds_of(below, name)
 
 
 def _items(value: Any) -> Iterator[Any]:

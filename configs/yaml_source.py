@@ -25,9 +25,7 @@ MAX_COPIED_VALUES = 1_000
 TEMPLATES = ("chat_template", "prompt_template")
 """Keys with placeholders of their own, in which no variable is replaced."""
 
-SECRETS_COME_FROM = (
-    "tokens and keys come from the environment (HF_TOKEN, AWS_*), never from the YAML or the command line"
-)
+SECRETS_COME_FROM = "secrets come from the environment (HF_TOKEN, AWS_*), not from YAML or arguments"
 
 KeyPath = tuple[str | int, ...]
 """Path to a value: keys of mappings and indices of lists; `()` is the complete document."""
@@ -118,6 +116,11 @@ def parse_yaml(
 def without_variables(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings in which parsing replaces no variable: `${NAME}` becomes `$${NAME}`, except in templates."""
     return {key: value if key in TEMPLATES else _escaped(value) for key, value in settings.items()}
+
+
+def has_variable(value: Any) -> bool:
+    """Return true for text that contains `${NAME}`."""
+    return isinstance(value, str) and _VARIABLE.search(value) is not None
 
 
 def unescaped(value: Any) -> Any:

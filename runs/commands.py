@@ -16,7 +16,7 @@ from runs.layout import default_storage
 from runs.listing import RunSummary, list_runs, read_run, run_uri
 from utils.arguments import add_json_option
 from utils.command_line import main_line
-from utils.console import open_consoles
+from utils.console import Output, open_consoles
 from utils.files import write_atomically
 from utils.storage.bucket import BucketError, uses_embedded_bucket
 from utils.storage.embedded_bucket import embedded_bucket
@@ -134,17 +134,24 @@ def remove_command(run: str, is_confirmed: bool) -> None:
     output, errors = open_consoles()
     with _reach([uri]):
         found = find_run(uri)
-        check_removable(found)
+        for line in check_removable(found):
+            display.show_warning(errors, f"cannot check whether a run needs {found.run_name}: {line}")
         if not is_confirmed:
-            if not sys.stdin.isatty():
-                raise BucketError(f"{uri}: not removed. Add --yes to confirm")
-            errors.write(
-                f"Remove {uri} ({found.status}, {found.steps:,} steps) with all its checkpoints? [y/N] "
-            )
-            if input().strip().lower() not in ("y", "yes"):
-                raise BucketError(f"{uri}: not removed")
+            _confirm(found, errors)
         removed = remove_run(found)
     output.print(f"removed {uri} ({removed:,} objects)", soft_wrap=True)
+
+
+def _confirm(run: RunSummary, errors: Output) -> None:
+    """Ask whether to remove a run; raise an error unless the answer is yes."""
+    if not sys.stdin.isatty():
+        raise BucketError(f"{run.run_uri}: not removed. Add --yes to confirm")
+    errors.write(f"Remove {run.run_uri} ({run.status}, {run.steps:,} steps) with all its checkpoints? [y/N] ")
+    answer = sys.stdin.readline()
+    if not answer:  # Ctrl-D leaves the cursor in the question's line
+        errors.write("\n")
+    if answer.strip().lower() not in ("y", "yes"):
+        raise BucketError(f"{run.run_uri}: not removed")
 
 
 def _output() -> Console:

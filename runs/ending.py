@@ -1,10 +1,14 @@
 """Stop a run wherever its driver is, and remove a run that no other run needs."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
+from typing import Any
 
-from configs.loading import flat
+from pydantic import ValidationError
+
+from configs.schema import uri_keys
 from runs.layout import (
     MANIFEST_FILE,
     RESULT_FILE,
@@ -20,10 +24,11 @@ from runs.reading import read_config, read_result
 from utils.command_line import main_line
 from utils.errors import AnnealError
 from utils.processes import user_and_host
-from utils.storage.bucket import NotFoundError, Store, is_remote, local_path, open_store
+from utils.storage.bucket import BucketError, NotFoundError, Store, is_remote, local_path, open_store
+from utils.storage.store import explained
 
 _POLL_SECONDS = 1.0
-_STARTS = ("initial_base_model_ckpt_path", "initial_adapter_model_ckpt_path", "resume_from_checkpoint")
+_STARTS = uri_keys("model", "data")
 
 
 class NotStoppedError(AnnealError):
@@ -75,15 +80,21 @@ def find_run(uri: str) -> RunSummary:
     return found
 
 
-def check_removable(run: RunSummary) -> None:
-    """Raise InUseError for a run that is being trained, or that another run started from."""
+def check_removable(run: RunSummary) -> list[str]:
+    """Raise InUseError for a run that is being trained, or that another run started from.
+
+    Returns:
+        A message for each record that cannot be read, and so may be of a run that started from this one.
+    """
     if run.status == "running":
         raise InUseError(f"{run.run_uri} is running. Stop it first: {main_line('stop', run.run_uri)}")
-    users = sorted(set(_users(run.run_uri)))
+    unreadable: list[str] = []
+    users = sorted({*_marked_users(run.run_uri, unreadable), *_neighbours(run.run_uri, unreadable)})
     if users:
         raise InUseError(
             f"{run.run_uri}: other runs started from it: {', '.join(users)}. Remove those first, or keep it."
         )
+    return unreadable
 
 
 def remove_run(run: RunSummary) -> int:
@@ -93,27 +104,65 @@ def remove_run(run: RunSummary) -> int:
     store.abort_stale_uploads()
     store.delete(sorted(keys, key=lambda key: PurePosixPath(key).name != MANIFEST_FILE))
     if not is_remote(run.run_uri):
-        local_path(run.run_uri).rmdir()
+        with explained("remove", run.run_uri):
+            for directory, _, _ in os.walk(local_path(run.run_uri), topdown=False):
+                Path(directory).rmdir()  # a killed copy leaves empty ones
     return len(keys)
 
 
-def _users(uri: str) -> Iterator[str]:
-    """Return the runs that started from a run: those that still need a checkpoint, and the others in the same storage path."""
+def _marked_users(uri: str, unreadable: list[str]) -> Iterator[str]:
+    """Return the runs that still need a checkpoint of a run, wherever they are."""
     store = open_store(uri)
     for item in store.list(f"{USES}/"):
         if (content := store.read_if_exists(item.key)) is not None:
-            yield CheckpointUse.model_validate_json(content).run_uri
+            try:
+                yield CheckpointUse.model_validate_json(content).run_uri
+            except ValidationError:
+                unreadable.append(
+                    f"{store.uri_of(item.key)} is damaged: it names a run that started from this one"
+                )
+
+
+def _neighbours(uri: str, unreadable: list[str]) -> Iterator[str]:
+    """Return the runs in the same storage path that started from a run."""
     storage, _, name = uri.rstrip("/").rpartition("/")
     runs = open_store(storage)
     for other in runs.directories():
-        if other != name and _started_from(runs, other, uri, name):
-            yield runs.uri_of(other)
+        if other == name:
+            continue
+        try:
+            if _started_from(runs, other, uri):
+                yield runs.uri_of(other)
+        except BucketError as error:
+            unreadable.append(str(error))
 
 
-def _started_from(runs: Store, other: str, uri: str, name: str) -> bool:
+def _started_from(runs: Store, other: str, uri: str) -> bool:
+    stored = read_config(open_store(runs.uri_of(other)))
+    if stored is not None and any(
+        _is_in(start, uri) for start in _texts([stored.keys.get(key) for key in _STARTS])
+    ):
+        return True
     result = read_result(runs, f"{other}/{RESULT_FILE}")
     if result is not None and result.parent is not None and run_of(result.parent) == uri:
         return True
-    config = read_config(open_store(runs.uri_of(other)))
-    starts = [value for key, value in flat(config.keys).items() if key in _STARTS and value] if config else []
-    return any(start in (uri, f"run:{name}") or start.startswith(f"{uri}/") for start in starts)
+    if stored is not None and stored.damage:
+        raise BucketError(stored.damage)
+    return False
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield all texts in a value of the YAML."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for below in value.values() if isinstance(value, dict) else value:
+            yield from _texts(below)
+
+
+def _is_in(start: str, uri: str) -> bool:
+    """Return whether a URI of another run's YAML in the same storage path names a run, or an object in it."""
+    if start.startswith("run:"):
+        return start == f"run:{uri.rstrip('/').rpartition('/')[2]}"
+    places = {start, str(local_path(start))}
+    return any(f"{place}/".startswith(f"{uri.rstrip('/')}/") for place in places)

@@ -97,9 +97,9 @@ class RunDetails(RunSummary):
     tokens_per_second: float | None
     """Training speed over all attempts until the result; None without a result or a trained step."""
     damage: list[str]
-    """Problems with committed checkpoints and metrics.jsonl."""
+    """Problems with committed checkpoints, metrics.jsonl, samples and config.yaml."""
     config: dict[str, Any]
-    """Content of config.yaml."""
+    """Content of config.yaml; empty if it is damaged."""
     result: RunResult | None
     """Content of result.json; of an earlier attempt if the run is running or was interrupted."""
 
@@ -143,8 +143,6 @@ def read_run(uri: str) -> RunDetails:
     manifests, damage = survey(store)
     samples, damaged_samples = survey_samples(store, 1, summary.steps)
     stored = read_config(store)
-    if stored and stored.damage:
-        raise DamagedError(CONFIG_FILE, stored.damage)
     return RunDetails(
         **dict(summary),
         train_loss=next((line.loss for line in reversed(metrics) if line.loss is not None), None),
@@ -155,7 +153,10 @@ def read_run(uri: str) -> RunDetails:
         checkpoints=[_checkpoint(uri, manifest) for manifest in manifests],
         valid_rows=manifests[-1].data.valid if manifests else None,
         tokens_per_second=overall_speed(result, metrics) if result else None,
-        damage=[*damage, *filter(None, [damaged_metrics, damaged_samples])],
+        damage=[
+            *damage,
+            *filter(None, [damaged_metrics, damaged_samples, stored.damage if stored else None]),
+        ],
         config=stored.keys if stored else {},
         result=result,
     )

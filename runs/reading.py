@@ -35,6 +35,7 @@ from utils.storage.bucket import DamagedError, Store, open_store
 
 _STEP_PHASES: tuple[Phase, ...] = ("data", "forward", "backward", "optimizer", "other")
 """The phases of a step, excluding evaluation and saving."""
+_REWRITE = "The command that started the run writes it again when it resumes; or remove the run"
 _UNREADABLE = "is truncated, from another version of Anneal, or not written by Anneal"
 
 
@@ -87,9 +88,9 @@ def read_config(store: Store) -> StoredConfig | None:
     try:
         keys = unescaped(yaml.safe_load(content) or {})
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        return StoredConfig({}, None, f"{uri} is not valid YAML ({str(error).splitlines()[0]})")
-    if not isinstance(keys, dict):
-        return StoredConfig({}, None, f"{uri} is not the configuration that Anneal writes")
+        return StoredConfig({}, None, f"{uri} is not valid YAML ({str(error).splitlines()[0]}). {_REWRITE}")
+    if not isinstance(keys, dict) or "model_id" not in keys:
+        return StoredConfig({}, None, f"{uri} {_UNREADABLE}. {_REWRITE}")
     try:
         return StoredConfig(keys, FinetuneConfig.model_validate(keys), None)
     except ValidationError:

@@ -135,12 +135,13 @@ def plan_and_train(loaded: LoadedConfig, options: Options, screen: Screen, began
     withhold(unused_packages(loaded.config))
     with importing():
         from training.launch.display import Watch, show_completed, show_error, show_plan, show_result
-        from training.planning.paths import make_scratch_directory
+        from training.planning.paths import make_scratch_directory, scratch_errors
 
     try:
-        logs = make_scratch_directory(loaded.config) / "logs"
-        driver_log = logs / f"{loaded.path.stem}-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}.log"
+        scratch = make_scratch_directory(loaded.config)
+        driver_log = scratch / "logs" / f"{loaded.path.stem}-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}.log"
         with ExitStack() as stack:
+            stack.enter_context(scratch_errors(scratch))
             stack.enter_context(library_output_in(driver_log))
             watch = stack.enter_context(Watch(screen.progress))
             _reach_cluster_and_bucket(loaded, target, stack, watch)

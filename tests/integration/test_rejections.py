@@ -225,6 +225,41 @@ def test_unwritable_output_dir_raises_an_error_with_its_path(rejected: Rejected,
     assert message.startswith(f"output_dir: {tmp_path}/file/scratch ")
 
 
+def test_read_only_output_dir_raises_an_error_with_its_path(tiny_model: Path, tmp_path: Path):
+    config = config_file(tmp_path, tiny_model, output_dir=str(tmp_path / "small"))
+    finished = dry_run_on_disk(tmp_path / "small", config, "300k,ro")
+    assert_names(message_of(finished), f"output_dir: {tmp_path}/small ", "Read-only", "write permission")
+
+
+def test_full_output_dir_raises_an_error_with_its_path(tiny_model: Path, tmp_path: Path):
+    config = config_file(tmp_path, tiny_model, output_dir=str(tmp_path / "small"))
+    finished = dry_run_on_disk(tmp_path / "small", config, "16k")
+    assert_names(message_of(finished), f"output_dir: {tmp_path}/small ", "No space left", "larger disk")
+
+
+@pytest.mark.parametrize("name", ["logs", "cache", "cache/prepared"])
+def test_file_in_the_place_of_a_scratch_directory_raises_an_error_with_its_path(
+    rejected: Rejected, tmp_path: Path, name: str
+):
+    file = tmp_path / "scratch" / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("")
+    assert_names(rejected(), f"output_dir: {file}", "write permission")
+
+
+@pytest.mark.slow
+def test_worker_that_cannot_write_its_log_fails_the_run_once(tiny_model: Path, tmp_path: Path):
+    config = config_file(tmp_path, tiny_model, run_name="one")
+    log = tmp_path / "scratch" / "logs" / "one"
+    log.parent.mkdir(parents=True)
+    log.write_text("")
+    finished = run_main(config)
+    assert finished.exit_code == 1
+    assert "Traceback" not in finished.errors
+    assert "restart" not in finished.errors
+    assert_names(finished.errors, f"output_dir: {log}", "write permission")
+
+
 def test_invalid_cache_limit_is_rejected_before_anything_is_read(rejected: Rejected):
     message = rejected(model_id="s3://nowhere/x", variables={"ANNEAL_CACHE_LIMIT": "lots"})
     assert_names(message, "ANNEAL_CACHE_LIMIT=lots", "200GiB")
@@ -894,12 +929,12 @@ def test_unreachable_cluster_raises_an_error_before_anything_is_read(
     assert not (tmp_path / "runs").exists()
 
 
-def dry_run_on_300_kb_disk(directory: Path, config: Path) -> CompletedCommand:
-    """Run main.py --dry-run with a file system of 300 kB mounted at `directory`, visible only to that process."""
-    directory.mkdir()
+def dry_run_on_disk(directory: Path, config: Path, size: str = "300k") -> CompletedCommand:
+    """Run main.py --dry-run with a file system of this size mounted at `directory`, visible only to that process."""
+    directory.mkdir(exist_ok=True)
     require_small_disks(directory)
     done = subprocess.run(
-        [*small_disk_prefix(directory, "300k"), *command(config, "--dry-run")],
+        [*small_disk_prefix(directory, size), *command(config, "--dry-run")],
         cwd=PROJECT,
         env=environment(),
         capture_output=True,
@@ -917,7 +952,7 @@ def test_disk_too_small_for_the_model_raises_an_error_with_output_dir(
     config = config_file(
         tmp_path, tiny_model, model_id=f"{bucket_uri}/model", output_dir=str(tmp_path / "small")
     )
-    message = message_of(dry_run_on_300_kb_disk(tmp_path / "small", config))
+    message = message_of(dry_run_on_disk(tmp_path / "small", config))
     assert message.startswith(f"model {bucket_uri}/model: ")
     assert_names(message, f"{tmp_path}/small ", "KiB", "output_dir")
     assert not (tmp_path / "runs").exists()
@@ -926,7 +961,7 @@ def test_disk_too_small_for_the_model_raises_an_error_with_output_dir(
 def test_disk_too_small_for_the_tokens_raises_an_error_with_output_dir(tiny_model: Path, tmp_path: Path):
     write_data(tmp_path, train_rows=1500)
     config = config_file(tmp_path, tiny_model, output_dir=str(tmp_path / "small"))
-    message = message_of(dry_run_on_300_kb_disk(tmp_path / "small", config))
+    message = message_of(dry_run_on_disk(tmp_path / "small", config))
     assert message.startswith(f"{tmp_path}/train.jsonl: ")
     assert_names(message, f"{tmp_path}/small/", "output_dir")
     assert not (tmp_path / "runs").exists()

@@ -2,9 +2,9 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import date
+from datetime import date, datetime
 from decimal import Decimal
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,6 +13,8 @@ import ray
 import ray.exceptions
 from pydantic import BaseModel, ConfigDict
 from ray.util import ActorPool
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from configs.schema import FinetuneConfig
 from runs.layout import evaluation_key, run_of
@@ -29,8 +31,9 @@ from training.data.sources import find_files, open_file
 from training.data.token_files import digest_of
 from training.events import WorkersFailedError
 from training.inference.checkpoint_model import TrainedModel
-from training.launch.cluster import Workers, cluster, resources_of_device
+from training.launch.cluster import Workers, cluster, lacking, resources_of_device
 from training.launch.failures import causes_of, classify
+from training.launch.vitals import Vitals
 from training.models.kernels import Device
 from training.models.tokenizer import describe_template
 from training.planning.earlier_rows import read_rows
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
 
 Match = Literal["number", "text"]
 
+_POLL_SECONDS = 1.0
 _NUMBER = r"(?:(?<![\w.)])[-\u2212])?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
 _MARKED = re.compile(rf"####\s*({_NUMBER})")
 
@@ -396,20 +400,62 @@ def _answer(
     workers = Workers(settings.num_devices, settings.num_devices, settings.device, each, trained.run_uri)
     progress("starting the workers", 0)
     with cluster(workers, settings.target, progress=lambda text: progress(text, 0)):
-        actor: Any = ray.remote(_Worker).options(num_cpus=each["CPU"], num_gpus=each.get("GPU", 0))
-        pool = ActorPool(
-            [actor.remote(trained, settings) for _ in range(min(settings.num_devices, len(batches)))]
-        )
+        vitals = Vitals.of(settings.target)
         try:
-            for rows, texts in pool.map_unordered(
-                lambda worker, rows: worker.answer.remote(rows, [questions[row].tokens for row in rows]),
-                batches,
-            ):
+            pool = _start_workers(trained, settings, workers, vitals, progress, count=len(batches))
+            for rows in batches:
+                pool.submit(_answer_rows, (rows, [questions[row].tokens for row in rows]))
+            for rows, texts in _results(pool, vitals):
                 answers.update(zip(rows, texts, strict=True))
                 progress("generating", len(answers) / len(questions))
         except ray.exceptions.RayError as error:
-            raise WorkersFailedError(classify(causes_of(error), [])) from error
+            raise WorkersFailedError(vitals.diagnose() or classify(causes_of(error), [])) from error
     return [answers[row] for row in range(len(questions))]
+
+
+def _start_workers(
+    trained: TrainedModel,
+    settings: EvaluationSettings,
+    workers: Workers,
+    vitals: Vitals,
+    progress: Callable[[str, float], None],
+    count: int,
+) -> ActorPool:
+    """Reserve the resources of the workers, which report meanwhile what they wait for, and start at most `count` workers."""
+    group = placement_group([workers.each] * min(workers.count, count))
+    since, reserved = "", group.ready()
+    while not ray.wait([reserved], timeout=_POLL_SECONDS)[0]:
+        _check_cluster(vitals)
+        if vitals.is_answering and (waits_for := lacking(workers)):
+            since = since or f"{datetime.now():%H:%M:%S}"
+            progress(f"{waits_for}, since {since}", 0)
+    progress("starting the workers", 0)
+    actor: Any = ray.remote(_Worker).options(
+        num_cpus=workers.each["CPU"],
+        num_gpus=workers.each.get("GPU", 0),
+        scheduling_strategy=PlacementGroupSchedulingStrategy(group),
+    )
+    return ActorPool([actor.remote(trained, settings) for _ in group.bundle_specs])
+
+
+def _answer_rows(worker: Any, batch: tuple[list[int], list[Sequence[int]]]) -> Any:
+    return worker.answer.remote(*batch)
+
+
+def _results(pool: ActorPool, vitals: Vitals) -> Iterator[Any]:
+    """Yield the results of a pool, in any order; raise an error if the cluster is lost."""
+    while pool.has_next():
+        try:
+            result = pool.get_next_unordered(timeout=_POLL_SECONDS)
+        except TimeoutError:
+            _check_cluster(vitals)
+            continue
+        yield result
+
+
+def _check_cluster(vitals: Vitals) -> None:
+    if lost := vitals.diagnose(seconds=0):
+        raise WorkersFailedError(f"{lost} Run the same command again.")
 
 
 # --- Scores -------------------------------------------------------------------------------------------------------

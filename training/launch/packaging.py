@@ -131,6 +131,11 @@ def _store_base_model(config: FinetuneConfig, storage: str) -> dict[str, Any]:
             "machines and write file:///absolute/path, or set storage_path to a bucket: the model is then uploaded there."
         )
     root = local_path(uri)
+    if config.trust_remote_code and (code := sorted(path.name for path in root.glob("*.py"))):
+        raise ConfigError(
+            f"{key}: {uri} has code of its own ({', '.join(code)}), which is not uploaded with the adapter's base model. Copy the model to "
+            "the cluster's machines and write file:///absolute/path."
+        )
     files = [path for path in _files_below(root) if is_model_file(path.name) or is_tokenizer_file(path.name)]
     names = {path.relative_to(root).as_posix(): path for path in files}
     digest = checksum_bytes("".join(f"{name} {checksum(path)}\n" for name, path in names.items()).encode())

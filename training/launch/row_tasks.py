@@ -14,6 +14,7 @@ import ray.exceptions
 
 from configs.schema import FinetuneConfig
 from training.data.shards import ShardMap, ShardWorker
+from training.events import WorkersFailedError
 from training.launch.cluster import disconnect, join_cluster
 from training.launch.vitals import Vitals
 from training.planning.devices import choose_device
@@ -30,7 +31,7 @@ _POLL_SECONDS = 1.0
 def rows_on_cluster(config: FinetuneConfig, target: ClusterTarget) -> Iterator[ShardMap | None]:
     """Yield a function that runs the work on shards on a cluster, or None if the run has only this machine.
 
-    The first call connects to the cluster, which is asked for nothing before. The end of the block disconnects.
+    Each call connects to the cluster, which is asked for nothing before, and disconnects after its last result.
 
     Args:
         config: The run.
@@ -42,7 +43,8 @@ def rows_on_cluster(config: FinetuneConfig, target: ClusterTarget) -> Iterator[S
 
     def run(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
         join_cluster(choose_device(config, target), target)
-        return _run(work, items, config, Vitals.of(target))
+        yield from _run(work, items, config, Vitals.of(target))
+        disconnect()  # if the cluster were lost while the plan is made, Ray would terminate this process without a message
 
     try:
         yield run
@@ -68,10 +70,12 @@ def _run(
                 yield ray.get(pending[0])
                 pending.popleft()
             elif lost := vitals.diagnose(seconds=0):
-                raise ClusterError(f"{lost} The same command prepares the rows again.")
+                raise _lost(lost)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
     except ray.exceptions.RayError as error:
+        if lost := vitals.diagnose():
+            raise _lost(lost) from error
         raise ClusterError(
             f"the rows cannot be prepared on the cluster: a task was lost four times ({first_line(error)}). If its nodes ran out of memory, "
             "use nodes with more memory per CPU."
@@ -79,6 +83,10 @@ def _run(
     finally:
         for waiting in pending:
             ray.cancel(waiting)
+
+
+def _lost(reason: str) -> WorkersFailedError:
+    return WorkersFailedError(f"{reason} The same command prepares the rows again.")
 
 
 def _call(shared: Sequence["ray.ObjectRef[Any]"], item: Any) -> Any:

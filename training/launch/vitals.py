@@ -85,6 +85,11 @@ class Vitals:
             ]
         )
 
+    @property
+    def is_answering(self) -> bool:
+        """Return whether all processes answered the latest probe: calls to a lost GCS block until Ray terminates the driver."""
+        return all(process.failing_since is None for process in self._probed)
+
     def diagnose(self, seconds: float = 2 * _REFUSED_SECONDS) -> str | None:
         """Describe the first process that is gone, with its log; None if all answer.
 

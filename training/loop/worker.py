@@ -40,6 +40,7 @@ from training.models.new_tokens import add_tokens
 from training.models.request import ModelRequest
 from training.models.tokenizer import load_tokenizer
 from training.planning.accelerators import peak_flops_of
+from training.planning.paths import check_scratch
 from training.planning.plan import RunPlan
 from training.world import World, exclude_frozen_weights_from_sync
 from utils.console import library_output_in
@@ -123,30 +124,40 @@ def train_worker(settings: dict[str, Any]) -> None:
     driver = Driver(settings["mailbox"], world)
     if driver.is_rejected():
         return
-    with library_output_in(worker_log(plan, world.rank)):
+    log = worker_log(plan, world.rank)
+    try:
+        check_scratch(log.parent)
+        with library_output_in(log):
+            _train_and_report(plan, lease, world, driver)
+    except AnnealError as error:  # only the user can fix it
+        driver.reject(str(error))
+        raise
+
+
+def _train_and_report(plan: RunPlan, lease: Lease, world: World, driver: Driver) -> None:
+    """Train, and report an error that the driver cannot know to be final."""
+    try:
         with importing():
             prepare_process(plan, world)
-        try:
-            _train(plan, lease, world, driver)
-            if world.local_rank == 0:
-                _remove_empty_scratch(plan, world)
-            driver.finish()
-        except AnnealError as error:  # only the user can fix it
-            driver.reject(str(error))
-            raise
-        except Exception as error:
-            with suppress(OSError):  # the log file may be on a full disk, too
-                traceback.print_exc()  # for the log file; Ray passes the exception to the driver
-            if is_disk_full(error, nearest_existing(Path(plan.scratch))):
-                driver.reject(
-                    f"{plan.scratch}: the disk of a worker is full ({first_line(error)}). Free some space, or set output_dir to a larger "
-                    "disk, and rerun the same command."
-                )
-            elif message := shared_memory_message(error):
-                driver.reject(message)
-            elif driver.fails_again(error):
-                driver.reject(f"the same error twice, with no progress in between: {first_line(error)}")
-            raise
+        _train(plan, lease, world, driver)
+        if world.local_rank == 0:
+            _remove_empty_scratch(plan, world)
+        driver.finish()
+    except AnnealError:
+        raise
+    except Exception as error:
+        with suppress(OSError):  # the log file may be on a full disk, too
+            traceback.print_exc()  # for the log file; Ray passes the exception to the driver
+        if is_disk_full(error, nearest_existing(Path(plan.scratch))):
+            driver.reject(
+                f"{plan.scratch}: the disk of a worker is full ({first_line(error)}). Free some space, or set output_dir to a larger "
+                "disk, and rerun the same command."
+            )
+        elif message := shared_memory_message(error):
+            driver.reject(message)
+        elif driver.fails_again(error):
+            driver.reject(f"the same error twice, with no progress in between: {first_line(error)}")
+        raise
 
 
 def worker_log(plan: RunPlan, rank: int) -> Path:

@@ -35,7 +35,7 @@ from training.models.kernels import is_installed
 from training.models.new_tokens import embedding_tensor, rows_needed, vocabulary_rows
 from training.planning.endpoints import ClusterTarget
 from training.planning.resume import adapter_differences, listed
-from utils.files import format_bytes, free_bytes
+from utils.files import format_bytes, free_bytes, nearest_existing
 from utils.storage.bucket import is_remote, join_uri, missing_bytes
 
 if TYPE_CHECKING:
@@ -96,20 +96,27 @@ def check_batch(config: FinetuneConfig, rows: int) -> None:
     )
 
 
-def check_checkpoint_fits(needed: int, storage: str, scratch: Path) -> None:
-    """Check that a checkpoint fits on the disks of this machine that it is written to.
+def check_checkpoint_fits(needed: int, storage: str, scratch: Path | None) -> None:
+    """Check that a checkpoint fits on the disks that it is written to, once for each directory on them.
 
     Args:
         needed: Estimated bytes of a checkpoint.
         storage: URI that holds the runs; the free space of a bucket is unknown.
-        scratch: Directory in which a worker saves a checkpoint before it is uploaded.
+        scratch: Directory in which a worker saves a checkpoint before it is uploaded; None if the workers run on other machines.
     """
-    places = {"output_dir": scratch} | ({} if is_remote(storage) else {"storage_path": Path(storage)})
+    places = {"output_dir": scratch} if scratch else {}
+    if not is_remote(storage):
+        places["storage_path"] = Path(storage)  # also on a cluster, whose machines share it
+    disks: dict[int, list[str]] = {}
     for key, directory in places.items():
-        if (free := free_bytes(directory)) < needed:
+        disks.setdefault(nearest_existing(directory).stat().st_dev, []).append(key)
+    for keys in disks.values():
+        directory = places[keys[-1]]
+        if (free := free_bytes(directory)) < needed * len(keys):
+            twice = f" in {' and '.join(keys)} each, which are on one disk" if len(keys) > 1 else ""
             raise ConfigError(
-                f"{key}: a checkpoint needs about {format_bytes(needed)}, but {directory} has {format_bytes(free)} free. "
-                f"Free some space, or set {key} to a larger disk."
+                f"{keys[-1]}: a checkpoint needs about {format_bytes(needed)}{twice}, but {directory} has {format_bytes(free)} free. "
+                f"Free some space, or set {keys[-1]} to a larger disk."
             )
 
 

@@ -177,8 +177,10 @@ def _plan(
     data = _prepare_rows(loaded, storage, model, progress)
     batch = _plan_batches(loaded.config, settings, storage, model, adapter, data)
     checkpoints = _find_checkpoints(settings, batch, storage, data, progress)
-    if batch.job and not checkpoints.completed and runs_here(batch.config, settings.device, settings.target):
-        check_checkpoint_fits(estimate_checkpoint(batch.job), storage.uri, storage.scratch)
+    is_here = runs_here(batch.config, settings.device, settings.target)
+    if batch.job and not checkpoints.completed and (is_here or not settings.target.is_local):
+        scratch = storage.scratch if is_here else None
+        check_checkpoint_fits(estimate_checkpoint(batch.job), storage.uri, scratch)
     memory = (
         report_memory(batch.job, *accelerator_of(batch.config, settings.device, settings.target))
         if batch.job

@@ -16,6 +16,7 @@ import psutil
 import pytest
 from rich.console import Console
 
+from configs.schema import FinetuneConfig, uri_fields, uri_keys
 from runs.comparison import Comparison, compare_runs
 from runs.display import show_comparison, show_run
 from runs.ending import InUseError, check_removable, find_run
@@ -460,13 +461,23 @@ def test_misspelt_command_raises_an_error_with_the_nearest_command(
     assert f"main.py {command}" not in error_of(run_command(f"{word}.yaml"))
 
 
-def test_damaged_file_of_a_run_raises_an_error_with_its_uri(run_command: RunCommand, storage: Store):
-    uri = write_run(storage, "a", eval_losses(2.0), result=None)
-    storage.write(f"a/{CONFIG_FILE}", b":::{")
-    message = error_of(run_command("show", uri))
-    assert_names(message, f"{uri}/{CONFIG_FILE} ", "configuration")
-    storage.write(f"a/{CONFIG_FILE}", b"a: [")
-    assert_names(error_of(run_command("show", uri)), f"{uri}/{CONFIG_FILE} ", "YAML")
+@pytest.mark.parametrize("content", [b":::{", b"a: [", b""])
+def test_damaged_config_is_named_beside_the_status_that_runs_lists(
+    run_command: RunCommand, tmp_path: Path, content: bytes
+):
+    storage, losses = open_store(str(tmp_path / "runs")), eval_losses(2.0)
+    uri = write_run(storage, "a", losses, result=make_result(storage.uri_of("a"), losses))
+    other = write_run(storage, "other", losses, result=None)
+    storage.write(f"a/{CONFIG_FILE}", content)
+    runs: Any = run_command("runs", storage.uri, "--json").result
+    listed = {run["run_name"]: run for run in runs}
+    shown = run_command("show", uri, "--json").result
+    assert shown["status"] == listed["a"]["status"] == "completed"
+    assert f"{uri}/{CONFIG_FILE} is" in "".join(shown["damage"])
+    for command in (["show", uri], ["compare", uri, other, "--picture", str(tmp_path / "a.png")]):
+        finished = run_command(*command)
+        assert finished.exit_code == 0, finished.errors
+        assert_names(finished.output, "damaged", f"{uri}/{CONFIG_FILE} is", "completed")
 
 
 @pytest.mark.parametrize("arguments", REMOTE_COMMANDS, ids=lambda arguments: arguments[0])
@@ -557,7 +568,7 @@ def test_remove_deletes_only_the_confirmed_run(run_command: RunCommand, storage:
 
 def test_run_that_other_runs_need_is_not_removed(tmp_path: Path):
     storage, losses = open_store(str(tmp_path)), eval_losses(2.0)
-    for name in ("running", "marked", "parent", "named", "free"):
+    for name in ("running", "marked", "parent", "named", "free", "nam"):
         write_run(storage, name, losses, result=None)
     write_lease(storage, "running")
     marked = f"{storage.uri_of('marked')}/{checkpoint_key(0)}"
@@ -575,7 +586,75 @@ def test_run_that_other_runs_need_is_not_removed(tmp_path: Path):
     ):
         with pytest.raises(InUseError, match=user):
             check_removable(find_run(storage.uri_of(name)))
-    check_removable(find_run(storage.uri_of("free")))
+    assert check_removable(find_run(storage.uri_of("free"))) == []
+    assert check_removable(find_run(storage.uri_of("nam"))) == []
+
+
+@pytest.mark.parametrize("key", uri_keys("model", "data"))
+@pytest.mark.parametrize("place", ["{uri}/exports/merged", "file://{uri}/exports/merged", "{uri}"])
+def test_run_whose_files_another_run_reads_is_not_removed(tmp_path: Path, key: str, place: str):
+    storage, losses = open_store(str(tmp_path)), eval_losses(2.0)
+    uri = write_run(storage, "a", losses, result=None)
+    value: Any = place.format(uri=uri)
+    settings = {key: [{"path": value, "weight": 2}] if key == "train_path" else value}
+    write_run(storage, "child", losses, result=None, **settings)
+    with pytest.raises(InUseError, match="/child"):
+        check_removable(find_run(uri))
+
+
+def test_keys_of_every_model_in_a_yaml_are_uri_keys():
+    named = dict.fromkeys(uri_keys("model", "data"), "s3://a/b")
+    alone = ("model_id", "train_path")  # the others exclude each other
+    for key in named:
+        settings = {name: uri for name, uri in named.items() if name == key or name in alone}
+        found = uri_fields(FinetuneConfig.model_validate(settings))
+        assert key in {field.key.partition(".")[0] for field in found}
+    assert "storage_path" not in uri_keys("model", "data")
+
+
+@pytest.mark.parametrize("file", [CONFIG_FILE, RESULT_FILE, "used-by"])
+def test_record_that_cannot_be_read_is_named_and_blocks_no_confirmed_removal(
+    run_command: RunCommand, tmp_path: Path, file: str
+):
+    storage, losses = open_store(str(tmp_path / "runs")), eval_losses(2.0)
+    uri = write_run(storage, "a", losses, result=None)
+    other = write_run(storage, "other", losses, result=None)
+    mark = use_key(f"{uri}/{checkpoint_key(0)}", other)
+    damaged = f"a/{mark}" if file == "used-by" else f"other/{file}"
+    storage.write(damaged, b"{")
+    rejected = run_command("remove", uri)
+    assert rejected.exit_code == 2
+    assert_names(rejected.errors, "cannot check whether a run needs a", storage.uri_of(damaged), "--yes")
+    removed = run_command("remove", uri, "--yes")
+    assert removed.exit_code == 0, removed.errors
+    assert storage.uri_of(damaged) in removed.errors
+    assert not (tmp_path / "runs" / "a").exists()
+    assert (tmp_path / "runs" / "other").exists()
+
+
+def test_run_with_empty_directories_of_a_killed_copy_is_removed(run_command: RunCommand, tmp_path: Path):
+    uri = write_run(open_store(str(tmp_path)), "a", eval_losses(2.0), result=None)
+    (Path(uri) / "exports" / "step-000010-merged" / "weights").mkdir(parents=True)
+    removed = run_command("remove", uri, "--yes")
+    assert removed.exit_code == 0, removed.errors
+    assert not Path(uri).exists()
+
+
+@pytest.mark.slow
+def test_end_of_input_at_the_question_removes_nothing(tmp_path: Path):
+    uri = write_run(open_store(str(tmp_path)), "a", eval_losses(2.0), result=None)
+    terminal, stdin = os.openpty()
+    command = [sys.executable, "main.py", "remove", uri]
+    removing = subprocess.Popen(
+        command, cwd=PROJECT, env=environment(), stdin=stdin, stderr=subprocess.PIPE, text=True
+    )
+    os.write(terminal, b"\x04")
+    _, errors = removing.communicate(timeout=120)
+    os.close(terminal)
+    os.close(stdin)
+    assert removing.returncode == 2
+    assert errors.splitlines()[1:] == [f"error: {uri}: not removed"]
+    assert Path(uri).exists()
 
 
 def test_directory_that_is_no_run_is_neither_removed_nor_stopped(run_command: RunCommand, tmp_path: Path):

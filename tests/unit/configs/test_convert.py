@@ -1,15 +1,18 @@
 """YAMLs of other tools, translated: the shapes that each tool documents, in our own words."""
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+import configs.convert
 import main
-from configs.convert import SAME, TOOL_NAMES, Conversion, convert
+from configs.convert import SAME, TOOL_NAMES, Conversion, convert, nested_settings, translate
 from configs.loading import load_config
-from configs.other_tools import TABLE, detect, find, tools_of
+from configs.other_tools import SAME_NAME, TABLE, Tool, detect, find, tools_of
 from configs.schema import FinetuneConfig, sections_of
 from tests.support.messages import assert_names
 
@@ -568,3 +571,97 @@ def test_keys_of_our_own_yamls_are_no_other_tools():
     )
     row = find("micro_batch_size")
     assert row is not None and row.settings(4) == {"train_batch_size_per_device": 4}
+
+
+VALUES: tuple[Any, ...] = (
+    "0.05", "text", "${VAR}", 3, 0.5, 0, -1, 10**40, float("nan"), None, True, [], [3], [None], [[]], {}, {"a": 1}, [{}],
+    [{"path": None}],
+)  # fmt: skip
+READ = set(re.findall(r'(?:take|take_items|number|get)\(\s*"([\w.]+)"', inspect.getsource(configs.convert)))
+"""Keys that the conversion reads itself, of data sets and prompts as well."""
+
+
+def with_value(data: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """Return settings in which one key, dotted in a section or in each data set, has a value."""
+    section, _, inner = key.partition(".")
+    if not inner:
+        return data | {key: value}
+    if section == "datasets":
+        prompt = {"field_instruction": "q", "format": "{instruction}"}
+        row = {"path": "rows.jsonl", "type": prompt if inner == "format" else "chat_template"}
+        return data | {"datasets": [row | {inner: value}]}
+    below = data.get(section)
+    return data | {section: (below if isinstance(below, dict) else {}) | {inner: value}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", EXPECTED)
+def test_any_value_of_any_key_is_converted(tool: Tool, tmp_path: Path):
+    """The values of other YAMLs may be texts, numbers, null, lists, sections and variables."""
+    given = yaml.safe_load(EXPECTED[tool][0])
+    rows = {row.theirs for row in TABLE if tool in tools_of(row)}
+    for key in sorted(
+        rows | READ | SAME_NAME | set(given) | {f"datasets.{key}" for key in (*READ, "field", "type")}
+    ):
+        for value in VALUES:
+            conversion = translate(with_value(given, key, value), tool, tmp_path / "other.yaml")
+            assert nested_settings(conversion), (key, value)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('val_set_size: "0.05"', {"valid_split": 0.05}),
+        ("learning_rate: ${LR}", {"learning_rate": "${LR}"}),
+        ("learning_rate: '2e-4'", {"learning_rate": 2e-4}),
+        ("warmup_steps: ${STEPS}", {"num_warmup_steps": "${STEPS}"}),
+        ('val_set_size: 0.1\nnum_epochs: "3"\nevals_per_epoch: "2"', {"num_epochs": 3, "eval_steps": 1 / 6}),
+        (
+            "num_epochs: ${EPOCHS}\nevals_per_epoch: 2",
+            {
+                "num_epochs": "${EPOCHS}",
+                "checkpoint_and_evaluation_frequency": {"unit": "epochs", "frequency": 0.5},
+            },
+        ),
+        ("test_datasets: []", {"valid_path": None}),
+        ('trl: {beta: "0.2"}', {"preference_tuning_config.beta": 0.2}),
+        ("trl: {beta: many}", {"preference_tuning_config.beta": None}),
+        ("bf16: ${BF16}", {"dtype": None}),
+        ("lora_r: '16'\nadapter: lora", {"lora_config.r": 16}),
+    ],
+)
+def test_texts_and_variables_for_numbers_are_translated(line: str, expected: dict[str, Any]):
+    conversion = converted(f"base_model: org/m\ndatasets: [{{path: rows.jsonl}}]\n{line}\n")
+    assert {key: conversion.ours.get(key) for key in expected} == expected
+
+
+def test_variable_for_a_number_is_read_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    text = "base_model: org/m\ndatasets: [{path: rows.jsonl}]\nlearning_rate: ${LR}\noutput_dir: ${OUT}/x\n"
+    (tmp_path / "other.yaml").write_text(text)
+    assert main.main(["convert", str(tmp_path / "other.yaml"), "--to", str(tmp_path / "ours.yaml")]) == 0
+    monkeypatch.setenv("LR", "3e-5")
+    monkeypatch.setenv("OUT", "/runs")
+    loaded = load_config(tmp_path / "ours.yaml").config
+    assert (loaded.learning_rate, loaded.storage_path) == (3e-5, "/runs/x")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "wandb_api_key: SECRET",
+        "hub_token: SECRET",
+        "env: {WANDB_API_KEY: SECRET}",
+        "aws_secret_access_key: SECRET",
+        "made_up: hf_SECRET",
+        "output_dir: s3://user:SECRET@host/x",
+        "dataset_prepared_path: [{token: SECRET}]",
+    ],
+)
+def test_secret_is_neither_printed_nor_written(line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    secret = "0123456789abcdef" * 2
+    given = f"base_model: org/m\ndatasets: [{{path: rows.jsonl}}]\n{line.replace('SECRET', secret)}\n"
+    assert secret in given
+    (tmp_path / "other.yaml").write_text(given)
+    assert main.main(["convert", str(tmp_path / "other.yaml"), "--to", str(tmp_path / "ours.yaml")]) == 0
+    printed = capsys.readouterr()
+    assert secret not in printed.out + printed.err + (tmp_path / "ours.yaml").read_text()

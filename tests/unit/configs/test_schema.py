@@ -48,6 +48,13 @@ def test_chosen_batch_size_preserves_the_rows_per_step():
     assert FinetuneConfig.model_validate(chosen.model_dump(mode="json")) == chosen
 
 
+def test_batch_sizes_of_the_largest_step_are_found_without_trying_every_number():
+    parsed = config(train_batch_size=73_513_440, num_devices={"min": 1, "max": 2}, **AUTO)
+    found = list(parsed.possible_batch_sizes())
+    assert (found[0], found[-1], len(found)) == (36_756_720, 1, 640)
+    assert found == sorted(found, reverse=True)
+
+
 def test_every_device_count_has_the_same_rows_per_step():
     """Device counts that do not divide the batches of a step evenly are excluded."""
     parsed = config(
@@ -225,6 +232,10 @@ def test_config_is_immutable():
         (
             {"train_batch_size": 8, "gradient_accumulation_steps": 2, **AUTO},
             ("`gradient_accumulation_steps`", "`train_batch_size_per_device: auto`"),
+        ),
+        (
+            {"num_devices": {"min": 77, "max": 100_000}},
+            ("`num_devices.min`", "use 32 or 40 or 50 or 80 or 100,"),
         ),
         ({"num_devices": {"min": 3, "max": 2}}, ("num_devices", "`max`", "`min`", "3")),
         ({"num_devices": {"min": 2, "max": 2}}, ("num_devices", "`num_devices: 2`")),

@@ -134,6 +134,12 @@ CASES: list[tuple[str, str, str, str]] = [
         "",
     ),
     (
+        "lora_config: {target_modules: q_proj,k_proj,v_proj, r: 4}",
+        "`target_modules: [q_proj, k_proj, v_proj]`",
+        "lora_config: {target_modules: [q_proj, k_proj, v_proj], r: 4}",
+        "",
+    ),
+    (
         "lora_config: {target_modules: all}",
         "`target_modules: all-linear`",
         "lora_config: {target_modules: all-linear}",
@@ -244,7 +250,7 @@ def first_line(path: Path, text: str) -> str:
         load_config(path)
     except ConfigError as error:
         for line in str(error).splitlines():
-            assert len(line.removeprefix(f"{path}:")) <= 240, line
+            assert len(line.removeprefix(f"{path}:")) <= 160, line
         return str(error).splitlines()[0]
     return ""
 

@@ -63,7 +63,7 @@ def test_overall_speed_is_unknown_without_the_seconds_of_every_step():
 def test_missing_damaged_and_incompatible_configs_are_distinguished(tmp_path):
     store = open_store(str(tmp_path))
     assert read_config(store) is None
-    for content in (b"a: [", b":::{", b"\xff"):
+    for content in (b"a: [", b":::{", b"\xff", b"", b"run_name: cut\n"):
         store.write(CONFIG_FILE, content)
         damaged = read_config(store)
         assert damaged

@@ -205,3 +205,13 @@ def test_base_model_of_an_adapter_is_uploaded_to_the_storage_path(
 def test_base_model_of_an_adapter_must_exist_after_the_job(pack_run, local_files: Path):
     with pytest.raises(ConfigError, match=r"^model_id: .*after the job.*file:///"):
         pack_run(model_id=str(local_files / "model"), storage_path="/mnt/shared", lora_config={"r": 4})
+
+
+def test_base_model_with_code_of_its_own_is_rejected_for_an_adapter(pack_run, local_files: Path):
+    model = local_files / "model"
+    (model / "modeling_own.py").write_text("")
+    settings = {"model_id": str(model), "trust_remote_code": True}
+    with pytest.raises(ConfigError, match=r"^model_id: .*modeling_own\.py.*file:///absolute/path"):
+        pack_run(**settings, lora_config={"r": 4}, learning_rate=1e-3)
+    (model.parent.parent / "packed").rmdir()
+    assert "model_id/modeling_own.py" in contents(pack_run(**settings, learning_rate=1e-3))

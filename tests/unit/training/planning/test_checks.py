@@ -39,24 +39,44 @@ def config(**keys: Any) -> FinetuneConfig:
     return FinetuneConfig.model_validate(defaults | keys)
 
 
-@pytest.mark.parametrize("key", ["train_batch_size_per_device", "gradient_accumulation_steps", "num_devices"])
-def test_step_of_far_more_rows_than_the_data_is_rejected(key: str):
-    with pytest.raises(ConfigError, match=rf"^{key}: .*100,000,000,000,000.*\b40\b.*Lower"):
-        check_batch(config(**{key: 10**14}), rows=40)
+@pytest.mark.parametrize(
+    ("key", "settings"),
+    [
+        ("train_batch_size_per_device", {"train_batch_size_per_device": 10**14}),
+        ("gradient_accumulation_steps", {"gradient_accumulation_steps": 10**14}),
+        ("num_devices", {"num_devices": 100_000, "gradient_accumulation_steps": 11}),
+    ],
+)
+def test_step_of_far_more_rows_than_the_data_is_rejected(key: str, settings: dict[str, int]):
+    with pytest.raises(ConfigError, match=rf"^{key}: .*{settings[key]:,}.*\b40\b.*Lower"):
+        check_batch(config(**settings), rows=40)
     check_batch(config(**{key: 1000}), rows=40)
 
 
 def test_checkpoint_that_fits_on_no_disk_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    runs, scratch = tmp_path / "runs", tmp_path / "scratch"
+    runs, scratch = tmp_path / "runs", Path("/dev/shm/scratch")  # two disks
     free = {runs: 20 * 1024**2, scratch: 10**12}
     monkeypatch.setattr(checks, "free_bytes", free.__getitem__)
     with pytest.raises(ConfigError, match=rf"^storage_path: .*26\.0 MiB.*{runs} has 20\.0 MiB.*larger disk"):
         check_checkpoint_fits(26 * 1024**2, str(runs), scratch)
     check_checkpoint_fits(19 * 1024**2, str(runs), scratch)
+    with pytest.raises(ConfigError, match=r"^storage_path: "):
+        check_checkpoint_fits(26 * 1024**2, str(runs), None)
     check_checkpoint_fits(26 * 1024**2, "s3://bucket/runs", scratch)
     free[scratch] = 0
     with pytest.raises(ConfigError, match=r"^output_dir: "):
         check_checkpoint_fits(1, "s3://bucket/runs", scratch)
+
+
+def test_checkpoint_must_fit_twice_where_scratch_and_storage_share_a_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(checks, "free_bytes", lambda directory: 50 * 1024**2)
+    with pytest.raises(
+        ConfigError, match=r"^storage_path: .*26\.0 MiB in output_dir and storage_path each.*one disk"
+    ):
+        check_checkpoint_fits(26 * 1024**2, str(tmp_path / "runs"), tmp_path / "scratch")
+    check_checkpoint_fits(25 * 1024**2, str(tmp_path / "runs"), tmp_path / "scratch")
 
 
 def test_tracker_of_a_submitted_run_is_not_required_on_this_machine(monkeypatch: pytest.MonkeyPatch):

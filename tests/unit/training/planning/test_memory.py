@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -517,6 +518,13 @@ def test_auto_batch_size_is_the_largest_that_fits(models: dict[int, Path]):
         fewer = max((smaller for smaller in needed if smaller < rows), default=1)
         assert largest_batch(job, int(bytes_of_rows) - 1) == fewer
     assert largest_batch(job, 2 * int(needed[12])) == 12
+
+
+def test_auto_batch_size_of_the_largest_step_is_found_in_seconds(models: dict[int, Path]):
+    auto = {"train_batch_size_per_device": "auto", "train_batch_size": 73_513_440}
+    started = time.monotonic()
+    assert largest_batch(make_job(models[2], device="cuda", kernels="torch", **auto, **LORA), 1) == 1
+    assert time.monotonic() - started < 60
 
 
 def test_advised_savings_equal_the_difference_of_two_estimates(models: dict[int, Path]):
