@@ -159,7 +159,7 @@ def _optimizer(value: Any) -> str:
     name = same.get(str(value)) or same.get(str(value).lower(), str(value))
     if name not in _CHOICES["optim"]:
         raise NoCounterpartError(
-            f"there is no optimizer {value}: write `optim: adamw_torch_fused`, or another of keys.md"
+            f"there is no optimizer {value!r}: write `optim: adamw_torch_fused`, or another of keys.md"
         )
     return name
 
@@ -172,7 +172,7 @@ def _scheduler(value: Any) -> str:
     name = str(value).rpartition(".")[2].removeprefix("get_").partition("_schedule")[0]
     if name not in _CHOICES["lr_scheduler_type"]:
         raise NoCounterpartError(
-            f"there is no schedule {value}: use {', '.join(_CHOICES['lr_scheduler_type'][:4])} or another of keys.md"
+            f"there is no schedule {value!r}: use {', '.join(_CHOICES['lr_scheduler_type'][:4])} or another of keys.md"
         )
     return name
 
@@ -242,7 +242,7 @@ def _tracker(value: Any) -> Any:
     known = [name for name in names if name in ("wandb", "mlflow", "tensorboard")]
     if names and not known:
         raise NoCounterpartError(
-            f"there is no tracker {names[0]}: use `logger: {{provider: wandb}}`, mlflow or tensorboard"
+            f"there is no tracker {names[0]!r}: use `logger: {{provider: wandb}}`, mlflow or tensorboard"
         )
     return known[0] if known else None
 
@@ -265,7 +265,7 @@ def _adapter(value: Any) -> Any:
         return Ours({"lora_config": {}, "load_in_4bit": True})
     if value not in ("lora", "full"):
         raise NoCounterpartError(
-            f"{value} is not supported: use `lora_config`, or train all weights without it"
+            f"{value!r} is not supported: use `lora_config`, or train all weights without it"
         )
     return {} if value == "lora" else None
 
@@ -288,7 +288,7 @@ def _loss(value: Any) -> Any:
 def _rl(value: Any) -> Ours:
     if value not in ("dpo", "ipo", "orpo", "kto"):
         raise NoCounterpartError(
-            f"{value} is not supported: `task: preference_tuning` has dpo, ipo, orpo and kto"
+            f"{value!r} is not supported: `task: preference_tuning` has dpo, ipo, orpo and kto"
         )
     return Ours({"task": "preference_tuning", "preference_tuning_config.loss": value})
 
@@ -298,7 +298,7 @@ def _stage(value: Any) -> Any:
         return _rl(value)
     task = {"sft": "instruction_tuning", "pt": "causal_lm"}.get(str(value))
     if task is None:
-        raise NoCounterpartError(f"stage {value} is not supported: there are sft, pt, dpo and kto")
+        raise NoCounterpartError(f"stage {value!r} is not supported: there are sft, pt, dpo and kto")
     return task
 
 
