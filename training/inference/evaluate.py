@@ -421,7 +421,7 @@ def _start_workers(
     progress: Callable[[str, float], None],
     count: int,
 ) -> ActorPool:
-    """Reserve the resources of the workers, which report meanwhile what they wait for, and start at most `count` workers."""
+    """Reserve the workers' resources, report what is missing meanwhile, and start at most `count` workers."""
     group = placement_group([workers.each] * min(workers.count, count))
     since, reserved = "", group.ready()
     while not ray.wait([reserved], timeout=_POLL_SECONDS)[0]:
