@@ -277,7 +277,7 @@ def _with_class_names(row: dict[str, Any], reading: RowSchema) -> dict[str, Any]
 
 def _with_greeting_as_context(chat: Chat) -> Chat:
     """Exclude assistant messages before the first question from the loss: the model is never asked for them."""
-    greeting = [index for index in greeting_of(chat.messages) if index not in chat.untrained]
+    greeting = sorted(set(greeting_of(chat.messages)).difference(chat.untrained))
     if not greeting:
         return chat
     note = "assistant messages before the first user message are not in the loss"
