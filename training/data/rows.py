@@ -471,6 +471,11 @@ def _labelled(chat: Chat, labels: tuple[str, ...]) -> Chat:
             "unknown label",
             f"has the label {answer[:40]!r}, which is not in classifier_config.label_tokens ({known}). {fix}, or add it there",
         )
+    if len(chat.messages) - 1 in chat.untrained:
+        raise RowError(
+            "wrong weight",
+            "has a label that is excluded from the loss, but only labels are trained. Remove the row, or the weight or mask of its label",
+        )
     last = {key: value for key, value in chat.messages[-1].items() if key != "reasoning_content"}
     notes = (*chat.notes, "reasoning of labels is not used") if reasoning else chat.notes
     return replace(
