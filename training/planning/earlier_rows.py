@@ -13,10 +13,10 @@ from utils.storage.bucket import join_uri, open_store
 
 @dataclass(frozen=True)
 class EarlierRows:
-    """The training rows of an earlier run, as its data report describes them."""
+    """The rows of an earlier run, as its data report describes them."""
 
     day: str
-    """Date that the chat template prints in them (ISO 8601)."""
+    """Date that the chat template prints in those that are chats (ISO 8601)."""
     train: str
     """Fingerprint of the training rows."""
     valid: list[str]
@@ -67,9 +67,7 @@ def read_rows(run_uri: str) -> EarlierRows | None:
     if report is None:
         return None
     sets = json.loads(report)
-    if not sets["train"].get("date"):
-        return None
+    train = sets["train"]
     valid = [*([sets["valid"]] if sets["valid"] else []), *sets.get("more_valid", {}).values()]
-    return EarlierRows(
-        sets["train"]["date"], sets["train"]["fingerprint"], [each["fingerprint"] for each in valid]
-    )
+    day = next((each["date"] for each in (train, *valid) if each.get("date")), None)
+    return EarlierRows(day, train["fingerprint"], [each["fingerprint"] for each in valid]) if day else None
