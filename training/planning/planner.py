@@ -43,7 +43,7 @@ from training.planning.devices import (
     describe_parallelism,
     runs_here,
 )
-from training.planning.earlier_rows import find_earlier_rows
+from training.planning.earlier_rows import find_earlier_rows, with_day
 from training.planning.endpoints import ClusterTarget
 from training.planning.flops import RowFlops, row_flops
 from training.planning.memory import Job, MemoryReport, estimate_checkpoint, report_memory
@@ -352,7 +352,8 @@ def _sample_rows(
         sets |= {_key_of("valid", config, name): request for name, request in requests.valid.items()}
     rows, has_more = 0, False
     for key, request in sets.items():
-        if _find(request, today, storage, model):
+        dated = with_day(request, today, model.tokenizer, model.tokenizer_directory, storage)
+        if find_prepared(dated.key(model.tokenizer_directory), storage.cache, storage.prepared):
             continue
         limit = min(request.max_rows or _SAMPLE_ROWS, _SAMPLE_ROWS)
         sample = replace(request, max_rows=limit)
@@ -477,7 +478,7 @@ def _prepare(
     """
     progress(f"rows of {key}")
     prepared = prepare_data(
-        replace(request, date=day),
+        with_day(request, day, model.tokenizer, model.tokenizer_directory, storage),
         model.tokenizer,
         model.tokenizer_directory,
         storage.cache,
@@ -488,12 +489,6 @@ def _prepare(
     )
     check_ids_of_rows(key, prepared.summary, model.tokenizer, model.facts)
     return prepared
-
-
-def _find(request: DataRequest, day: str | None, storage: Storage, model: Model) -> PreparedData | None:
-    """Return rows that are already prepared, or None."""
-    key = replace(request, date=day).key(model.tokenizer_directory)
-    return find_prepared(key, storage.cache, storage.prepared)
 
 
 def data_request(
