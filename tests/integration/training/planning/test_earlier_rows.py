@@ -120,6 +120,9 @@ def test_text_and_chats_in_one_set_have_the_day_of_their_run(files: Path, on_day
     later, day = plan_of(files, run_name="later", **changes)
     assert day == LATER.isoformat()
     assert later.train != first.train
+    delete_prepared(files)
+    again, day = plan_of(files, run_name="first", **changes)
+    assert (again.data, day) == (first.data, FIRST.isoformat())
 
 
 @pytest.mark.parametrize(
