@@ -1,6 +1,7 @@
 """State in the bucket after kills, lost answers and requests at the same moment, against a real bucket."""
 
 import asyncio
+import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,13 +10,15 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 
 from runs.layout import RunResult
 from service import files, scheduler
 from service.api import create_app
 from service.config import LoadedService, load_service
+from service.drivers import Checked, DriverState, JobDriver, Needs
 from service.jobs import with_mark
-from service.layout import active_key, content_key, files_of, jobs_of, model_key, run_store
+from service.layout import active_key, content_key, files_of, jobs_of, metrics_key, model_key, run_store
 from service.records import Record
 from service.scheduler import Scheduler
 from tests.support.served import free_port
@@ -296,6 +299,71 @@ def test_unexpected_error_in_one_job_ends_only_that_job(
     assert job_of(store, broken)["status"] == "failed"
     assert "KeyError" in job_of(store, broken)["error"]["message"]
     assert job_of(store, other)["status"] == "validating_files"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"output_dir": "/dev/null/scratch"}, "output_dir"),
+        ({"key_of_another_version": 1}, "key_of_another_version"),
+    ],
+)
+def test_job_whose_driver_cannot_be_constructed_fails_with_the_reason(
+    red: Api,
+    store: S3Store,
+    scheduling: Scheduler,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    reason: str,
+):
+    job_id = red.create_job(red.upload(rows())["id"])["id"]
+    config = yaml.safe_load(scheduling._config_of("red", set_status(store, job_id, "running"))) | changes
+    killed: list[Any] = []
+    monkeypatch.setattr(scheduler.ray, "kill", killed.append)
+    monkeypatch.setattr(scheduler, "driver_state", lambda driver, timeout: driver.state())
+    for _ in range(scheduler._MAX_ATTEMPTS):
+        driver = JobDriver(yaml.safe_dump(config), job_id, "")
+        scheduling._act("red", job_of(store, job_id), driver, None)  # pyright: ignore[reportArgumentType]
+    job = job_of(store, job_id)
+    assert (job["status"], job["error"]["code"]) == ("failed", "server_error")
+    assert reason in job["error"]["message"]
+    assert len(killed) == scheduler._MAX_ATTEMPTS
+
+
+def test_only_failures_without_progress_fail_a_job(
+    red: Api, store: S3Store, scheduling: Scheduler, monkeypatch: pytest.MonkeyPatch
+):
+    job_id = red.create_job(red.upload(rows())["id"])["id"]
+    set_status(store, job_id, "running")
+    exited = DriverState(1, False, "error: the disk is full")
+    monkeypatch.setattr(scheduler.ray, "kill", lambda driver: None)
+    monkeypatch.setattr(scheduler, "driver_state", lambda driver, timeout: exited)
+
+    def fail(times: int) -> str:
+        for _ in range(times):
+            scheduling._act("red", job_of(store, job_id), "driver", None)  # pyright: ignore[reportArgumentType]
+        return job_of(store, job_id)["status"]
+
+    for step in (1, 2, 3):
+        line = {"step": step, "epoch": 0.1, "loss": 1.0}
+        store.write(metrics_key("red", job_id), json.dumps(line).encode() + b"\n")
+        assert fail(scheduler._MAX_ATTEMPTS - 1) == "running"
+    assert fail(1) == "failed"
+
+
+def test_failed_checks_of_a_job_are_not_counted_after_validation(
+    red: Api, store: S3Store, scheduling: Scheduler, monkeypatch: pytest.MonkeyPatch
+):
+    job_id = red.create_job(red.upload(rows())["id"])["id"]
+    for _ in range(scheduler._MAX_ATTEMPTS - 1):
+        scheduling._failed_attempt("red", job_of(store, job_id), "a node was lost")
+    monkeypatch.setattr(scheduler.ray, "wait", lambda references, timeout: (references, []))
+    monkeypatch.setattr(scheduler.ray, "get", lambda reference: Checked(Needs({"CPU": 1.0}, 1), 10, "", None))
+    scheduling._memory.checks[job_id] = "check"
+    scheduling._act("red", job_of(store, job_id), None, None)  # pyright: ignore[reportArgumentType]
+    assert job_of(store, job_id)["status"] == "queued"
+    scheduling._failed_attempt("red", job_of(store, job_id), "a node was lost")
+    assert job_of(store, job_id)["status"] == "queued"
 
 
 @pytest.mark.timeout(60)
