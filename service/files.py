@@ -43,8 +43,15 @@ def _upload_threads() -> anyio.CapacityLimiter:
 class Files:
     """The files of all projects."""
 
-    def __init__(self, store: S3Store, limits: Limits):
-        self._store, self._limits = store, limits
+    def __init__(self, store: S3Store, contents: S3Store, limits: Limits):
+        """Set where files are stored.
+
+        Args:
+            store: The service's storage path, for requests that must be answered soon.
+            contents: The same path, for uploads: their data is lost if the bucket is given up too early.
+            limits: Limits of the service.
+        """
+        self._store, self._contents, self._limits = store, contents, limits
 
     async def create(self, caller: Caller, request: Request) -> Record:
         """Stream an upload into the bucket and return its record."""
@@ -55,7 +62,9 @@ class Files:
         await anyio.to_thread.run_sync(self._check_stored_bytes, caller.project)
         name = f"{secrets.token_hex(12)}.jsonl"
         key = content_key(caller.project, name)
-        upload = await _Upload(request, self._limits.file_bytes, self._too_large).stream_to(self._store, key)
+        upload = await _Upload(request, self._limits.file_bytes, self._too_large).stream_to(
+            self._contents, key
+        )
         try:
             purpose = upload.fields.get("purpose")
             if purpose is None:

@@ -21,9 +21,12 @@ from service.jobs import with_mark
 from service.layout import active_key, content_key, files_of, jobs_of, metrics_key, model_key, run_store
 from service.records import Record
 from service.scheduler import Scheduler
+from tests.support.bucket_proxy import Fault, bucket_proxy
+from tests.support.own_buckets import set_up_own_bucket
 from tests.support.served import free_port
 from tests.support.service import Api, rows, running_api, write_service
 from utils.storage.bucket import BucketError
+from utils.storage.embedded_bucket import EmbeddedBucket
 from utils.storage.s3 import S3Store
 
 RETRY = {"x-stainless-retry-count": "1"}
@@ -251,6 +254,26 @@ def test_bucket_that_does_not_answer_is_503(tmp_path: Path, monkeypatch: pytest.
     assert answer.headers["retry-after"]
     assert answer.headers["x-request-id"]
     assert time.monotonic() - began < 30
+
+
+@pytest.mark.slow
+def test_requests_that_wait_for_the_bucket_do_not_delay_keys_and_health(
+    tmp_path: Path, bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch
+):
+    uri = set_up_own_bucket(monkeypatch, bucket, "stalls")
+    with bucket_proxy(bucket.endpoint) as proxy, ThreadPoolExecutor(60) as pool:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+        with running_api(load_service(write_service(tmp_path, f"{uri}/{tmp_path.name}"))) as (red,):
+            path = f"/v1/files/{red.upload(rows())['id']}"
+            proxy.faults.append(Fault("stall", key="/files/999999999.json", at=0))
+            began = time.monotonic()
+            waiting = [pool.submit(red.request, "GET", path) for _ in range(60)]
+            time.sleep(2)
+            assert red.request("GET", "/healthz").status_code == 200
+            assert Api(red.url, "sk-unknown").request("GET", path).status_code == 401
+            assert time.monotonic() - began < 8
+            assert {each.result().status_code for each in waiting} == {503}
+            assert time.monotonic() - began < 55
 
 
 def test_damaged_record_of_a_key_has_an_error_object(red: Api, store: S3Store):
