@@ -169,8 +169,15 @@ def test_greedy_choices_are_the_same(engine: VllmEngine, model: Path):
     assert run(answer(engine, chat_request(None, QUESTIONS[0], n=3))) == [expected] * 3
 
 
-def test_request_that_vllm_rejects_is_400_and_not_accepted_first(engine: VllmEngine):
-    failed = run(failure(engine, chat_request(None, "Hi", top_logprobs=1000)))
+def test_request_that_vllm_rejects_is_400(engine: VllmEngine):
+    async def ask(**sampling: Any) -> list[Any]:
+        return [event async for event in engine.chat(chat_request(None, "Hi", **sampling))]
+
+    (failed,) = run(ask(temperature=1.0, top_p=2.0))
+    assert (failed.status, failed.type) == (400, "invalid_request_error")
+    assert "top_p" in failed.message
+    # vLLM finds this mistake only after it has begun its stream.
+    _, failed = run(ask(top_logprobs=1000))
     assert (failed.status, failed.type) == (400, "invalid_request_error")
     assert "1000" in failed.message
 

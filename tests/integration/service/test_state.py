@@ -132,6 +132,42 @@ def test_list_has_both_records_that_got_the_same_place(store: S3Store):
         assert sorted(found) == sorted([reserved, *ids])
 
 
+def test_list_that_selects_records_reads_pages_at_the_same_time(
+    store: S3Store, monkeypatch: pytest.MonkeyPatch
+):
+    records, read = files_of(store, "red"), store.read_if_exists
+    ids = []
+    for number in range(50):
+        ids.append(f"file-{number:07x}{1:04x}{number:013x}")
+        records._write(number, [{"id": ids[-1]}], None)
+    active, most, reads = 0, 0, 0
+
+    def slow_read(key: str) -> bytes | None:
+        nonlocal active, most, reads
+        active, reads = active + 1, reads + 1
+        most = max(most, active)
+        time.sleep(0.02)
+        active -= 1
+        return read(key)
+
+    monkeypatch.setattr(store, "read_if_exists", slow_read)
+    wanted = {ids[5], ids[45]}
+    for ascending in (True, False):
+        ordered = ids if ascending else ids[::-1]
+        found = records.slice(after=None, limit=100, ascending=ascending)
+        assert found
+        assert ([record["id"] for record in found.records], found.has_more) == (ordered, False)
+        found = records.slice(
+            after=ordered[9], limit=1, ascending=ascending, wanted=lambda record: record["id"] in wanted
+        )
+        assert found
+        assert [record["id"] for record in found.records] == [ordered[45 if ascending else 44]]
+    assert 4 <= most <= 16
+    reads, most = 0, 0
+    assert records.slice(after=None, limit=2)
+    assert (reads, most) == (3, 1)
+
+
 def test_paused_job_keeps_its_files_and_is_counted(red: Api, store: S3Store, scheduling: Scheduler):
     file = red.upload(rows())["id"]
     job_id = red.create_job(file)["id"]
@@ -175,7 +211,8 @@ def test_repeated_deletion_is_answered_as_the_first(red: Api, store: S3Store, sc
         first = red.delete(path)
         assert red.request("DELETE", path, headers=RETRY).json() == first
         red.delete(path, 404)
-    for path in ("/v1/files/file-none", "/v1/models/ft:tiny:red::00"):
+    never = [f"/v1/files/{file[:-4]}0000", f"/v1/models/{job['fine_tuned_model'][:-4]}0000"]
+    for path in ("/v1/files/file-none", "/v1/models/ft:tiny:red::00", *never):
         assert red.request("DELETE", path, headers=RETRY).status_code == 404
 
 
@@ -190,6 +227,17 @@ def test_contents_without_a_record_are_deleted_once_they_are_old(
     monkeypatch.setattr(files, "_ORPHAN_SECONDS", -10.0)
     files.delete_orphans(store)
     assert [item.size for item in store.list("content/")] == [file["bytes"]]
+
+
+def test_marker_of_a_deleted_file_is_deleted_once_it_is_old(
+    red: Api, store: S3Store, monkeypatch: pytest.MonkeyPatch
+):
+    red.delete(f"/v1/files/{red.upload(rows())['id']}")
+    files.delete_orphans(store)
+    assert len(store.list("deleted/")) == 1
+    monkeypatch.setattr(files, "_ORPHAN_SECONDS", -10.0)
+    files.delete_orphans(store)
+    assert store.list("deleted/") == []
 
 
 def test_marks_of_a_long_job_have_a_limit_and_keep_their_order():
