@@ -32,7 +32,8 @@ def generate(
         return answer
 
     engine = VllmEngine.__new__(VllmEngine)
-    engine._stop_tokens = frozenset({chat_format.tokenizer.eos_token_id})
+    tokenizer: Any = chat_format.tokenizer
+    engine._stop_tokens = frozenset({tokenizer.eos_token_id})
     engine._client = httpx.AsyncClient(transport=httpx.MockTransport(serve), base_url="http://vllm")
     checkpoint: Any = Checkpoint.__new__(Checkpoint)
     object.__setattr__(checkpoint, "format", chat_format)
