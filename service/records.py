@@ -2,8 +2,8 @@
 
 The records of one kind and project are stored in pages of 40, `<prefix>/<999999999 - number>.json`, so that the newest page
 is listed first. An id contains the number of its page and the record's place in it. So a record is read with one request, and
-a list of 20 with at most four, however many records exist. A list that selects records may read all pages, 16 at a time. A page is changed by reading it and replacing it only if its ETag
-is still the same.
+a list of 20 with at most four, however many records exist. A list that selects records may read all pages, 16 at a time. A
+page is changed by reading it and replacing it only if its ETag is still the same.
 """
 
 import itertools
