@@ -34,6 +34,34 @@ print("nodes:", json.dumps([node["NodeID"] for node in ray.nodes() if node["Aliv
 """
 
 
+_HOLD_CPU = """
+import ray, sys
+ray.init(log_to_driver=False)
+held = ray.util.placement_group([{"CPU": 1}])
+assert held.wait(60)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def held_cpu(cluster: "RayCluster") -> Iterator[None]:
+    """Reserve one CPU of a cluster for other work during the block."""
+    holder = subprocess.Popen(
+        [sys.executable, "-c", _HOLD_CPU],
+        env=environment() | cluster.variables,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert holder.stdout and holder.stdout.readline() == "held\n"
+        yield
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
 class RayCluster:
     """A head node and worker nodes: one raylet each, with its own CPUs and cache directory."""
 
