@@ -34,6 +34,12 @@ print("nodes:", json.dumps([node["NodeID"] for node in ray.nodes() if node["Aliv
 """
 
 
+_COUNT_JOBS = """
+import ray
+from ray._private.state import jobs
+ray.init(log_to_driver=False)
+print("jobs:", len(jobs()))
+"""
 _HOLD_CPU = """
 import ray, sys
 ray.init(log_to_driver=False)
@@ -170,6 +176,12 @@ class RayCluster:
             line for line in printed if line.startswith("nodes: ")
         ]  # Ray may print that a node was lost
         return json.loads(listed.removeprefix("nodes: "))
+
+    def count_jobs(self) -> int:
+        """Return the number of connections to the cluster since its start, this one included."""
+        printed = self._run(sys.executable, "-c", _COUNT_JOBS).splitlines()
+        (count,) = [line for line in printed if line.startswith("jobs: ")]
+        return int(count.removeprefix("jobs: "))
 
     def preempt(self, node: str, *, seconds: int) -> None:
         """Announce the preemption of a node, as a cloud does for spot instances."""
