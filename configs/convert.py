@@ -29,13 +29,13 @@ from configs.schema import FinetuneConfig, Section, sections_of
 from configs.yaml_source import (
     SECRETS_COME_FROM,
     Origin,
+    dotted,
     has_variable,
     looks_secret,
     names_secret,
     parse_yaml,
     plain_scalar,
     shown,
-    without_variables,
 )
 from configs.yaml_writer import commented_yaml
 from utils.command_line import main_line
@@ -204,9 +204,10 @@ def convert(text: str, path: Path) -> Conversion:
 
 def translate(data: dict[str, Any], tool: Tool, path: Path) -> Conversion:
     """Translate the keys of another tool's YAML; arguments as in `convert`."""
-    data = _without_secrets(data)
     given = _resolved(_flat(data)) if tool == "torchtune" else data
-    conversion = Conversion(tool, {key: value for key, value in given.items() if value not in (None, "")})
+    conversion = Conversion(tool, {})
+    given = _without_secrets(given, conversion.changes)
+    conversion.theirs = {key: value for key, value in given.items() if value not in (None, "")}
     _SPECIAL[tool](conversion, path)
     for key in list(conversion.theirs):
         conversion.translate(key, conversion.theirs[key])
@@ -277,8 +278,6 @@ def nested_settings(conversion: Conversion) -> dict[str, Any]:
     for key in sorted(conversion.ours, key=_place):
         section, _, inner = key.partition(".")
         value = conversion.ours[key]
-        if not isinstance(value, str):  # a variable in a list or a section would have been a text there
-            value = without_variables({key: value})[key]
         if inner:
             nested[section] = nested.get(section, {}) | {inner: value}
         else:
@@ -337,19 +336,32 @@ def _flat(data: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     return keys
 
 
-def _without_secrets(value: Any, key: str = "") -> Any:
-    """Replace each secret by the environment variable of its key."""
+def _without_secrets(section: dict[str, Any], changes: list[str], above: str = "") -> dict[str, Any]:
+    """Return a section without the keys whose values contain a secret, and report each; secret names at the top stay."""
+
+    def cleaned(value: Any, place: str) -> Any:
+        if isinstance(value, dict):
+            return _without_secrets(value, changes, f"{place}.")
+        return [cleaned(item, place) for item in value] if isinstance(value, list) else value
+
+    kept: dict[str, Any] = {}
+    for key, value in section.items():
+        place = f"{above}{key}"
+        is_named = bool(above) and names_secret(key) and not isinstance(value, bool | None)
+        if is_named or (not isinstance(value, dict) and _has_secret(value)):
+            changes.append(f"{dotted((place,))}: contains a secret and is left out: {SECRETS_COME_FROM}")
+        else:
+            kept[key] = cleaned(value, place)
+    return kept
+
+
+def _has_secret(value: Any) -> bool:
+    """Return whether a text in a value looks like a secret; keys with secret names do not count."""
     if isinstance(value, dict):
-        return {name: _without_secrets(below, name) for name, below in value.items()}
+        return any(_has_secret(below) for name, below in value.items() if not names_secret(name))
     if isinstance(value, list):
-        return [_without_secrets(below, key) for below in value]
-    is_secret = names_secret(key) and not isinstance(value, bool | None)
-    is_secret = is_secret or (isinstance(value, str) and looks_secret(value))
-    return f"${{{_variable_of(key)}}}" if is_secret else value
-
-
-def _variable_of(key: str) -> str:
-    return re.sub(r"[^A-Z0-9_]", "_", key.upper())
+        return any(map(_has_secret, value))
+    return isinstance(value, str) and looks_secret(value)
 
 
 def _resolved(theirs: dict[str, Any]) -> dict[str, Any]:
@@ -712,9 +724,7 @@ def _llamafactory(conversion: Conversion, path: Path) -> None:
     kind = conversion.take("finetuning_type", "lora")
     if kind == "lora":
         conversion.put("lora_config", {}, "finetuning_type")
-        rank = conversion.number("lora_rank", 8)
-        conversion.theirs["lora_rank"] = rank
-        conversion.theirs.setdefault("lora_alpha", 2 * rank)
+        _llamafactory_rank(conversion)
     else:
         if kind != "full":
             conversion.change(
@@ -733,6 +743,18 @@ def _llamafactory(conversion: Conversion, path: Path) -> None:
     _settle_strategies(conversion)
 
 
+def _llamafactory_rank(conversion: Conversion) -> None:
+    """Write down the default of lora_alpha, twice the rank."""
+    if not has_variable(conversion.theirs.get("lora_rank")):
+        rank = conversion.number("lora_rank", 8)
+        conversion.theirs["lora_rank"] = rank
+        conversion.theirs.setdefault("lora_alpha", 2 * rank)
+    elif "lora_alpha" not in conversion.theirs:
+        conversion.changes.append(
+            "lora_alpha: is twice lora_rank there, and the value of a variable is not known here: write it as `lora_config.lora_alpha`"
+        )
+
+
 def _llamafactory_rows(conversion: Conversion, name: str, directory: str, path: Path, key: str) -> str:
     """Return the location of a data set that dataset_info.json describes."""
     if directory == "ONLINE":
@@ -749,20 +771,22 @@ def _llamafactory_rows(conversion: Conversion, name: str, directory: str, path: 
             f"{key}: {name}: {directory}/dataset_info.json does not describe it here: check the path of the file"
         )
         return f"{directory}/{name}.json"
-    columns = entry.get("columns", {})
+    columns, tags = (
+        value if isinstance(value, dict) else {} for value in (entry.get("columns"), entry.get("tags"))
+    )
     if entry.get("ranking"):
         conversion.put("data_format", "preference", key)
     renamed = (
         {"prompt": "instruction", "query": "input", "response": "output", "history": "history"}
         if entry.get("formatting", "alpaca") == "alpaca" and not entry.get("ranking")
-        else {"messages": "conversations" if not entry.get("tags", {}).get("role_tag") else "messages"}
+        else {"messages": "conversations" if not tags.get("role_tag") else "messages"}
     )
     for theirs, ours in {**renamed, "system": "system"}.items():
         if columns.get(theirs) not in (None, ours):
             conversion.put(f"columns.{ours}", columns[theirs], f"{key}.columns.{theirs}")
-    if "hf_hub_url" in entry:
+    if entry.get("hf_hub_url"):
         return hub_dataset(entry["hf_hub_url"], entry.get("subset"), entry.get("split"))
-    return f"{directory}/{entry.get('file_name', f'{name}.json')}"
+    return f"{directory}/{entry.get('file_name') or f'{name}.json'}"
 
 
 def _dataset_info(directory: str, path: Path) -> dict[str, Any]:

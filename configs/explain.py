@@ -15,7 +15,6 @@ from configs.yaml_source import (
     SECRETS_COME_FROM,
     Document,
     KeyPath,
-    Origin,
     Problem,
     dotted,
     looks_secret,
@@ -100,7 +99,7 @@ def _explain(document: Document, path: KeyPath, errors: list[ErrorDetails]) -> I
         )
     elif "extra_forbidden" in kinds:
         value = kinds["extra_forbidden"]["input"]
-        yield Problem(path, origin, _unknown_key(document.data, path, value, origin))
+        yield Problem(path, origin, _unknown_key(document, path, value))
     elif of_key := [error for error in errors if error["loc"][-1] == "[key]"]:
         is_choice = of_key[0]["type"] == "literal_error"
         expected = f"one of {_choices(of_key[0])}" if is_choice else _phrase(of_key[0])
@@ -139,9 +138,14 @@ _BETTER_PHRASES = {
 """Key -> descriptions of its accepted values that say more than their types."""
 
 
+_LIMITS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
+"""Pydantic's errors about a number that is too small or too large."""
+
+
 def _expected(path: KeyPath, errors: list[ErrorDetails]) -> str:
-    phrases = list(dict.fromkeys(_phrase(error) for error in errors))
-    phrases = _BETTER_PHRASES.get(dotted(path), phrases)
+    limits = [error for error in errors if error["type"] in _LIMITS]
+    better = None if limits else _BETTER_PHRASES.get(dotted(path))
+    phrases = better or list(dict.fromkeys(map(_phrase, limits or errors)))
     if "a number" in phrases and "an integer" in phrases:
         phrases.remove("an integer")
     return f"write {' or '.join(phrases)}"
@@ -414,15 +418,15 @@ _OTHER_NAMES = {
 """Names that scripts and launchers often use for a key, and that resemble another key or none."""
 
 
-def _unknown_key(data: dict[str, Any], path: KeyPath, value: Any, origin: Origin) -> str:
+def _unknown_key(document: Document, path: KeyPath, value: Any) -> str:
     """Return the message for an unknown key; it contains only values that another tool's key has, and no secret."""
-    key = str(path[-1])
+    data, key = document.data, str(path[-1])
     if any(names_secret(str(part)) for part in path):
         return f"`{dotted(path)}` is not a key (its value is not shown): remove it; {SECRETS_COME_FROM}"
     elsewhere = [name for name in FinetuneConfig.model_fields if key in _keys_of((name,), {})]
     advice = None
     if len(path) == 1 and elsewhere != ["lora_config"]:
-        advice = other_tools_key(key, value, data, as_overrides=origin.from_override)
+        advice = other_tools_key(key, value, data, as_overrides=document.origin(path).from_override)
         advice = advice and f"`{key}` is {advice}"
     elif len(path) == 2:
         advice = _other_tools_key_in_section(path)
@@ -437,7 +441,7 @@ def _unknown_key(data: dict[str, Any], path: KeyPath, value: Any, origin: Origin
         return f"`{dotted(path)}` is not a key: write `{path[0]}: {{unit: {key}, frequency: {shown(value)}}}`"
     if len(path) == 1 and key in _OTHER_NAMES:
         return f"`{key}` is not a key: did you mean `{_OTHER_NAMES[key]}`?"
-    if names := _names_split_by_commas(data, path):
+    if names := _names_split_by_commas(document, path):
         return f"`{dotted(path)}` is not a key: write {names}, since a comma ends a value in braces"
     siblings = _keys_of(path[:-1], data)
     if near := difflib.get_close_matches(key.lower(), siblings, n=1):
@@ -453,13 +457,15 @@ def _unknown_key(data: dict[str, Any], path: KeyPath, value: Any, origin: Origin
     return f"`{dotted(path)}` is not a key: remove it"
 
 
-def _names_split_by_commas(data: dict[str, Any], path: KeyPath) -> str:
+def _names_split_by_commas(document: Document, path: KeyPath) -> str:
     """Return the list that is meant by `{target_modules: q_proj,v_proj}`, which YAML reads as a key v_proj without a value."""
-    above: Any = data
+    above: Any = document.data
     for part in path[:-1]:
         above = above[part]
-    keys = list(above)
-    known = set(_keys_of(path[:-1], data))
+    # Keys of one line, or of one override, are keys of one pair of braces.
+    origin = document.origin(path)
+    keys = [key for key in above if document.origin((*path[:-1], key)) == origin]
+    known = set(_keys_of(path[:-1], document.data))
     for start in range(keys.index(path[-1]) - 1, -1, -1):
         if keys[start] in known:
             rest = itertools.takewhile(

@@ -330,7 +330,8 @@ def _eval_strategy(value: Any) -> Any:
 
 
 def _per_epoch(value: Any) -> Any:
-    return {"unit": "epochs", "frequency": round(1 / number(value), 4)} if value else None
+    times = number(value) if value else 0
+    return {"unit": "epochs", "frequency": round(1 / times, 4)} if times else None
 
 
 def _paths(value: Any) -> Any:

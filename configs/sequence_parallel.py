@@ -1,4 +1,7 @@
-"""The table of what does not work with sequence_parallel_size: errors take their reason and fix from it, and docs/kernels.md shows it."""
+"""The table of what does not work with sequence_parallel_size: docs/kernels.md shows it.
+
+Errors take their reason and fix from it, except those about `num_devices` and heads, which name the numbers that fit.
+"""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -10,6 +11,7 @@ from pydantic import ValidationError
 
 from configs.schema import uri_keys
 from runs.layout import (
+    CONFIG_FILE,
     MANIFEST_FILE,
     RESULT_FILE,
     USES,
@@ -19,7 +21,7 @@ from runs.layout import (
     run_of,
     stop_key,
 )
-from runs.listing import RunSummary, check_run, latest_lease, lives, no_run, summarize
+from runs.listing import REQUESTS_AT_ONCE, RunSummary, check_run, latest_lease, lives, no_run, summarize
 from runs.reading import read_config, read_result
 from utils.command_line import main_line
 from utils.errors import AnnealError
@@ -113,13 +115,16 @@ def remove_run(run: RunSummary) -> int:
 def _marked_users(uri: str, unreadable: list[str]) -> Iterator[str]:
     """Return the runs that still need a checkpoint of a run, wherever they are."""
     store = open_store(uri)
-    for item in store.list(f"{USES}/"):
-        if (content := store.read_if_exists(item.key)) is not None:
+    keys = [item.key for item in store.list(f"{USES}/")]
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE, thread_name_prefix="use") as pool:
+        contents = list(pool.map(store.read_if_exists, keys))
+    for key, content in zip(keys, contents, strict=True):
+        if content is not None:
             try:
                 yield CheckpointUse.model_validate_json(content).run_uri
             except ValidationError:
                 unreadable.append(
-                    f"{store.uri_of(item.key)} is damaged: it names a run that started from this one"
+                    f"{store.uri_of(key)} is damaged: it names a run that started from this one"
                 )
 
 
@@ -127,18 +132,22 @@ def _neighbours(uri: str, unreadable: list[str]) -> Iterator[str]:
     """Return the runs in the same storage path that started from a run."""
     storage, _, name = uri.rstrip("/").rpartition("/")
     runs = open_store(storage)
-    for other in runs.directories():
-        if other == name:
-            continue
+
+    def uses_it(other: str) -> bool | str:
         try:
-            if _started_from(runs, other, uri):
-                yield runs.uri_of(other)
+            return _started_from(runs, other, uri)
         except BucketError as error:
-            unreadable.append(str(error))
+            return str(error)
+
+    others = [other for other in runs.directories() if other != name]
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE, thread_name_prefix="run") as pool:
+        found = list(pool.map(uses_it, others))
+    unreadable += [answer for answer in found if isinstance(answer, str)]
+    yield from (runs.uri_of(other) for other, answer in zip(others, found, strict=True) if answer is True)
 
 
 def _started_from(runs: Store, other: str, uri: str) -> bool:
-    stored = read_config(open_store(runs.uri_of(other)))
+    stored = read_config(runs, f"{other}/{CONFIG_FILE}")
     if stored is not None and any(
         _is_in(start, uri) for start in _texts([stored.keys.get(key) for key in _STARTS])
     ):

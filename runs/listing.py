@@ -44,7 +44,8 @@ from runs.reading import (
 from utils.command_line import main_line
 from utils.storage.bucket import DamagedError, NotFoundError, Store, check_readable, join_uri, open_store
 
-_REQUESTS_AT_ONCE = 32
+REQUESTS_AT_ONCE = 32
+"""Requests for several runs that are sent in parallel."""
 
 Standing = RunStatus | Literal["running", "interrupted", "damaged"]
 """State of a run. running: a driver trains it; interrupted: its driver is gone, and the same command resumes it."""
@@ -113,7 +114,7 @@ def list_runs(storage: str) -> list[RunSummary]:
     except NotFoundError as error:
         raise NotFoundError(_no_runs(storage)) from error
     store = open_store(storage)
-    with ThreadPoolExecutor(_REQUESTS_AT_ONCE, thread_name_prefix="run") as pool:
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE, thread_name_prefix="run") as pool:
         found = list(pool.map(lambda name: summarize(store, name), store.directories()))
     runs = [run for run in found if run is not None]
     if not runs:

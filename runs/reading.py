@@ -72,19 +72,20 @@ class StoredConfig:
     """Reason why no version accepts it."""
 
 
-def read_config(store: Store) -> StoredConfig | None:
+def read_config(store: Store, key: str = CONFIG_FILE) -> StoredConfig | None:
     """Return a run's config.yaml, None where it has none. Never rejects its content: that is up to the caller.
 
     Args:
-        store: The run.
+        store: The run, or a location above it.
+        key: Key of the file in the store.
 
     Raises:
         BucketError: it cannot be read.
     """
-    content = store.read_if_exists(CONFIG_FILE)
+    content = store.read_if_exists(key)
     if content is None:
         return None
-    uri = store.uri_of(CONFIG_FILE)
+    uri = store.uri_of(key)
     try:
         keys = unescaped(yaml.safe_load(content) or {})
     except (yaml.YAMLError, UnicodeDecodeError) as error:

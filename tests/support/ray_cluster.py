@@ -34,6 +34,40 @@ print("nodes:", json.dumps([node["NodeID"] for node in ray.nodes() if node["Aliv
 """
 
 
+_COUNT_JOBS = """
+import ray
+from ray._private.state import jobs
+ray.init(log_to_driver=False)
+print("jobs:", len(jobs()))
+"""
+_HOLD_CPU = """
+import ray, sys
+ray.init(log_to_driver=False)
+held = ray.util.placement_group([{"CPU": 1}])
+assert held.wait(60)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def held_cpu(cluster: "RayCluster") -> Iterator[None]:
+    """Reserve one CPU of a cluster for other work during the block."""
+    holder = subprocess.Popen(
+        [sys.executable, "-c", _HOLD_CPU],
+        env=environment() | cluster.variables,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert holder.stdout and holder.stdout.readline() == "held\n"
+        yield
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
 class RayCluster:
     """A head node and worker nodes: one raylet each, with its own CPUs and cache directory."""
 
@@ -142,6 +176,12 @@ class RayCluster:
             line for line in printed if line.startswith("nodes: ")
         ]  # Ray may print that a node was lost
         return json.loads(listed.removeprefix("nodes: "))
+
+    def count_jobs(self) -> int:
+        """Return the number of connections to the cluster since its start, this one included."""
+        printed = self._run(sys.executable, "-c", _COUNT_JOBS).splitlines()
+        (count,) = [line for line in printed if line.startswith("jobs: ")]
+        return int(count.removeprefix("jobs: "))
 
     def preempt(self, node: str, *, seconds: int) -> None:
         """Announce the preemption of a node, as a cloud does for spot instances."""

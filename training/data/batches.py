@@ -207,6 +207,7 @@ class TrainBatches(Sampler[list[int]]):
 
 def eval_batches(sequences: int, batch_size: int, world_size: int, rank: int) -> list[list[int]]:
     """Return one worker's validation batches; every worker gets the same number, padded with PADDING_ROW."""
+    batch_size = min(batch_size, max(1, -(-sequences // world_size)))
     count = -(-sequences // (batch_size * world_size))
     order = list(range(sequences)) + [PADDING_ROW] * (count * batch_size * world_size - sequences)
     return [

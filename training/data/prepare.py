@@ -34,7 +34,7 @@ from training.data.request import DataRequest
 from training.data.row_index import DATA_FILE, INDEX_FILE, INDEX_SCHEMA, RowIndex
 from training.data.row_pass import RowPass, Tally, reject_empty_shares
 from training.data.rows import RowSchema
-from training.data.shards import PARTS, Shard, ShardMap, ShardWorker, cut, prepare_shards
+from training.data.shards import PARTS, Shard, ShardMap, ShardRun, ShardWorker, cut, prepare_shards
 from training.data.sources import Piece
 from training.data.summary import (
     DataSummary,
@@ -136,12 +136,12 @@ class _Preparation:
             shutil.rmtree(staging / PARTS, ignore_errors=True)
             staging.replace(directory)
 
-    def run_on_cluster(self, shards: Sequence[Shard], run: ShardMap, cache: Path, output: str) -> None:
+    def run_on_cluster(self, shards: Sequence[Shard], connect: ShardMap, cache: Path, output: str) -> None:
         """Prepare all rows on other nodes, which write them to a URI; this machine reads their index, and writes the summary last."""
         store = open_store(output)
         worker = ShardWorker(self._dated, self._tokenizer, output, cache=None)
         (cache / PREPARED).mkdir(parents=True, exist_ok=True)
-        with _staging(cache / PREPARED, ", ".join(self._request.paths)) as staging:
+        with connect() as run, _staging(cache / PREPARED, ", ".join(self._request.paths)) as staging:
             try:
                 self._finish(self._in_shards(shards, worker, run, staging), staging)
             except AnnealError:
@@ -186,7 +186,7 @@ class _Preparation:
             lambda positions: [read_row(files[0], position) for position in positions],
         )
 
-    def _in_shards(self, shards: Sequence[Shard], worker: ShardWorker, run: ShardMap, staging: Path) -> _Rows:
+    def _in_shards(self, shards: Sequence[Shard], worker: ShardWorker, run: ShardRun, staging: Path) -> _Rows:
         prepared = prepare_shards(worker, shards, run, self._progress)
         sources = [prepared.of_source(number) for number in range(len(self._request.paths))]
         for path, of_source in zip(self._request.paths, sources, strict=True):

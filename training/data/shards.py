@@ -8,7 +8,7 @@ import json
 import socket
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
@@ -39,8 +39,10 @@ SHARD_BYTES = 64 * 1024**2
 PARTS = "parts"
 """Directory of the shards' indexes, until they are joined."""
 
-ShardMap = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
+ShardRun = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
 """Yields the results of a function for items, in their order; the calls may run in other processes and on other nodes."""
+ShardMap = Callable[[], AbstractContextManager[ShardRun]]
+"""Connects to other nodes, which run the calls until the context ends."""
 
 
 @dataclass(frozen=True)
@@ -237,7 +239,7 @@ class PreparedShards:
 
 
 def prepare_shards(
-    worker: ShardWorker, shards: Sequence[Shard], run: ShardMap, progress: Callable[[int, float], None]
+    worker: ShardWorker, shards: Sequence[Shard], run: ShardRun, progress: Callable[[int, float], None]
 ) -> PreparedShards:
     """Prepare shards, and return what became of their rows.
 
@@ -257,14 +259,16 @@ def prepare_shards(
     return prepared
 
 
-def _with_schemas(worker: ShardWorker, shards: Sequence[Shard], run: ShardMap) -> Iterator[Shard]:
+def _with_schemas(worker: ShardWorker, shards: Sequence[Shard], run: ShardRun) -> Iterator[Shard]:
     """Yield shards with the schema that the rows before them have: as in one pass, the first known format of a source counts."""
     for _, of_source in groupby(shards, lambda shard: shard.source):
         schema: RowSchema | None = None
-        for shard in of_source:
+        *earlier, last = of_source
+        for shard in earlier:
             yield replace(shard, schema=schema)
             if schema is None:
                 (schema,) = run(worker.find_schema, [shard])
+        yield replace(last, schema=schema)
 
 
 def _moved(line: str, lines: int) -> str:

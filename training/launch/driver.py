@@ -373,7 +373,7 @@ def _follow(mailbox: Any, signals: Sequence[int], state: RunState, workers: Work
             if vitals.diagnose(seconds=0):
                 raise ClusterLostError
             now = time.monotonic()
-            if state.is_waiting and now >= next_look:
+            if state.is_waiting and now >= next_look and vitals.is_answering:
                 next_look = now + _RESOURCE_POLL_SECONDS
                 if waits_for := lacking(workers):
                     since = since or f"{datetime.now():%H:%M:%S}"

@@ -131,7 +131,8 @@ def _store_base_model(config: FinetuneConfig, storage: str) -> dict[str, Any]:
             "machines and write file:///absolute/path, or set storage_path to a bucket: the model is then uploaded there."
         )
     root = local_path(uri)
-    if config.trust_remote_code and (code := sorted(path.name for path in root.glob("*.py"))):
+    code = sorted(path.name for path in root.glob("*.py"))
+    if config.trust_remote_code and code and _names_code(root):
         raise ConfigError(
             f"{key}: {uri} has code of its own ({', '.join(code)}), which is not uploaded with the adapter's base model. Copy the model to "
             "the cluster's machines and write file:///absolute/path."
@@ -151,6 +152,12 @@ def _store_base_model(config: FinetuneConfig, storage: str) -> dict[str, Any]:
             "yourself and write its URI."
         ) from error
     return {key: store.uri}
+
+
+def _names_code(model: Path) -> bool:
+    """Return whether a local model has a class of its own: other *.py files, such as handler.py, are not needed to load it."""
+    configs = (model / name for name in ("config.json", "tokenizer_config.json"))
+    return any(b'"auto_map"' in path.read_bytes() for path in configs if path.exists())
 
 
 class _LocalFiles:

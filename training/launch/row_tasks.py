@@ -13,7 +13,7 @@ import ray
 import ray.exceptions
 
 from configs.schema import FinetuneConfig
-from training.data.shards import ShardMap, ShardWorker
+from training.data.shards import ShardMap, ShardRun, ShardWorker
 from training.events import WorkersFailedError
 from training.launch.cluster import disconnect, join_cluster
 from training.launch.vitals import Vitals
@@ -29,9 +29,9 @@ _POLL_SECONDS = 1.0
 
 @contextmanager
 def rows_on_cluster(config: FinetuneConfig, target: ClusterTarget) -> Iterator[ShardMap | None]:
-    """Yield a function that runs the work on shards on a cluster, or None if the run has only this machine.
+    """Yield a context that connects to a cluster, whose nodes then work on shards, or None if the run has only this machine.
 
-    Each call connects to the cluster, which is asked for nothing before, and disconnects after its last result.
+    The cluster is asked for nothing before. Each set of rows is one Ray job, whose processes load the code once.
 
     Args:
         config: The run.
@@ -41,13 +41,14 @@ def rows_on_cluster(config: FinetuneConfig, target: ClusterTarget) -> Iterator[S
         yield None
         return
 
-    def run(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    @contextmanager
+    def connect() -> Iterator[ShardRun]:
         join_cluster(choose_device(config, target), target)
-        yield from _run(work, items, config, Vitals.of(target))
+        yield functools.partial(_run, config, Vitals.of(target))
         disconnect()  # if the cluster were lost while the plan is made, Ray would terminate this process without a message
 
     try:
-        yield run
+        yield connect
     finally:
         if ray.is_initialized():
             record_signals()  # another signal must not leave tasks behind
@@ -55,7 +56,7 @@ def rows_on_cluster(config: FinetuneConfig, target: ClusterTarget) -> Iterator[S
 
 
 def _run(
-    work: Callable[[Any], Any], items: Sequence[Any], config: FinetuneConfig, vitals: Vitals
+    config: FinetuneConfig, vitals: Vitals, work: Callable[[Any], Any], items: Sequence[Any]
 ) -> Iterator[Any]:
     """Yield the results of tasks in their order. Ray runs a task up to three times again whose node or process was lost."""
     shared = ray.put((work, config))

@@ -12,6 +12,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import botocore.session
 import psutil
 import pytest
 from rich.console import Console
@@ -588,6 +589,33 @@ def test_run_that_other_runs_need_is_not_removed(tmp_path: Path):
             check_removable(find_run(storage.uri_of(name)))
     assert check_removable(find_run(storage.uri_of("free"))) == []
     assert check_removable(find_run(storage.uri_of("nam"))) == []
+
+
+def test_check_before_a_removal_reads_the_other_runs_in_parallel_with_one_client(
+    bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch
+):
+    others = 40
+    uri = join_uri(set_up_own_bucket(monkeypatch, bucket, "neighbours"), "runs")
+    storage, losses = open_store(uri), eval_losses(2.0)
+    for number in range(others):
+        write_run(storage, f"run-{number:02d}", losses, result=None)
+    write_run(storage, "free", losses, result=None)
+    free = find_run(storage.uri_of("free"))
+    clients: list[str] = []
+    create = botocore.session.Session.create_client
+    monkeypatch.setattr(
+        botocore.session.Session,
+        "create_client",
+        lambda session, name, **settings: (clients.append(name), create(session, name, **settings))[1],
+    )
+    with bucket_proxy(bucket.endpoint, latency_seconds=0.1) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+        started = time.monotonic()
+        assert check_removable(free) == []
+        seconds = time.monotonic() - started
+    assert len(proxy.requests) <= 2 * others + 2
+    assert len(clients) <= 2, "one for the run, one for the storage path"
+    assert seconds < others * 2 * 0.1 / 2
 
 
 @pytest.mark.parametrize("key", uri_keys("model", "data"))

@@ -461,6 +461,39 @@ def test_llamafactory_rows_are_found_in_dataset_info(tmp_path: Path):
     assert (ours["columns.system"], ours["columns.history"]) == ("s", "h")
 
 
+@pytest.mark.parametrize("key", ["columns", "tags", "hf_hub_url", "file_name", "ranking", "formatting"])
+@pytest.mark.parametrize("value", ["null", "[]"])
+def test_llamafactory_entry_with_empty_values_is_read(key: str, value: str, tmp_path: Path):
+    (tmp_path / "rows").mkdir()
+    entry = f'{{"formatting": "sharegpt", "{key}": {value}}}'
+    (tmp_path / "rows" / "dataset_info.json").write_text(f'{{"one": {entry}, "two": {entry}}}')
+    assert converted(LLAMAFACTORY, tmp_path).ours["train_path"] == ["rows/one.json", "rows/two.json"]
+
+
+def test_llamafactory_rank_from_a_variable_is_kept():
+    conversion = converted(LLAMAFACTORY.replace("lora_rank: 8", "lora_rank: ${RANK}"))
+    assert conversion.ours["lora_config.r"] == "${RANK}"
+    assert "lora_config.lora_alpha" not in conversion.ours
+    assert_names(" ".join(conversion.changes), "lora_alpha", "twice lora_rank", "`lora_config.lora_alpha`")
+    assert "lora_rank: " not in " ".join(conversion.changes)
+    with_alpha = converted(LLAMAFACTORY.replace("lora_rank: 8", "lora_rank: ${RANK}\nlora_alpha: 4"))
+    assert (with_alpha.ours["lora_config.r"], with_alpha.ours["lora_config.lora_alpha"]) == ("${RANK}", 4)
+    assert "lora_alpha" not in " ".join(with_alpha.changes)
+
+
+@pytest.mark.parametrize(
+    "rows", ["[{path: '${DATA}/a.jsonl'}]", "[{path: '${DATA}/a.jsonl'}, {path: b.jsonl}]"]
+)
+def test_variables_in_texts_are_kept_for_any_number_of_data_sets(
+    rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "other.yaml").write_text(f"base_model: org/m\ndatasets: {rows}\noutput_dir: runs\n")
+    assert main.main(["convert", str(tmp_path / "other.yaml"), "--to", str(tmp_path / "ours.yaml")]) == 0
+    monkeypatch.setenv("DATA", "/data")
+    paths = load_config(tmp_path / "ours.yaml").config.train_path
+    assert (paths[0] if isinstance(paths, list) else paths) == "/data/a.jsonl"
+
+
 @pytest.mark.parametrize(
     ("lines", "facts"),
     [
@@ -623,6 +656,14 @@ def test_any_value_of_any_key_is_converted(tool: Tool, tmp_path: Path):
                 "checkpoint_and_evaluation_frequency": {"unit": "epochs", "frequency": 0.5},
             },
         ),
+        *(
+            (
+                f'num_epochs: ${{EPOCHS}}\n{key}: "{none}"',
+                {"num_epochs": "${EPOCHS}", "checkpoint_and_evaluation_frequency": None},
+            )
+            for key in ("evals_per_epoch", "saves_per_epoch")
+            for none in ("0", "0.0")
+        ),
         ("test_datasets: []", {"valid_path": None}),
         ('trl: {beta: "0.2"}', {"preference_tuning_config.beta": 0.2}),
         ("trl: {beta: many}", {"preference_tuning_config.beta": None}),
@@ -664,4 +705,29 @@ def test_secret_is_neither_printed_nor_written(line: str, tmp_path: Path, capsys
     (tmp_path / "other.yaml").write_text(given)
     assert main.main(["convert", str(tmp_path / "other.yaml"), "--to", str(tmp_path / "ours.yaml")]) == 0
     printed = capsys.readouterr()
-    assert secret not in printed.out + printed.err + (tmp_path / "ours.yaml").read_text()
+    ours = (tmp_path / "ours.yaml").read_text()
+    assert secret not in printed.out + printed.err + ours
+    assert line.partition(":")[0] in printed.err + ours
+    assert "${" not in ours
+
+
+@pytest.mark.parametrize(
+    ("line", "place"),
+    [
+        ("output_dir: s3://user:SECRET@host/x", "output_dir"),
+        ("dataset_prepared_path: [a, 's3://user:SECRET@host/x']", "dataset_prepared_path"),
+        ("test_datasets: [{path: 's3://user:SECRET@host/x'}]", "test_datasets"),
+        ("test_datasets: [{path: v.jsonl, token: SECRET}]", "test_datasets.token"),
+        ("env: {WANDB_API_KEY: SECRET}", "env.WANDB_API_KEY"),
+        ("trl: {beta: 0.1, ref: 's3://user:SECRET@host/x'}", "trl.ref"),
+    ],
+)
+def test_key_with_a_secret_is_left_out_and_reported(line: str, place: str):
+    secret = "0123456789abcdef" * 2
+    conversion = converted(
+        f"base_model: org/m\ndatasets: [{{path: rows.jsonl}}]\n{line.replace('SECRET', secret)}\n"
+    )
+    (change,) = [change for change in conversion.changes if change.startswith(f"{place}: ")]
+    assert_names(change, "contains a secret", "left out", "environment")
+    assert secret not in str(conversion)
+    assert "${" not in str(conversion.ours)

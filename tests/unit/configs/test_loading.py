@@ -168,7 +168,9 @@ def test_a_conflict_is_reported_at_the_line_of_its_key(write):
         (b"a: b\n" * (MAX_BYTES // 5 + 1), (f"{MAX_BYTES:,} bytes",)),
         (BASE + "seed:\n", (":3: `seed`", "null")),
         (BASE + f"train_batch_size: {10**14}\n", (":3: `train_batch_size`", "at most 100,000,000")),
-        (BASE + f"num_devices: {10**14}\n", (":3: `num_devices`", "the number of devices")),
+        (BASE + f"num_devices: {10**14}\n", (":3: `num_devices`", "at most 100,000")),
+        (BASE + "num_devices: 200000\n", (":3: `num_devices`", "at most 100,000")),
+        (BASE + "num_devices: 0\n", (":3: `num_devices`", "above 0")),
         (BASE + f"num_devices: {{min: 1, max: {10**14}}}\n", (":3: `num_devices.max`", "at most 100,000")),
         (BASE + f"sequence_parallel_size: {10**14}\n", (":3: `sequence_parallel_size`", "at most 100,000")),
         (BASE + "num_devices: [1, 2]\n", (":3: `num_devices`", "[1, 2]")),
@@ -411,6 +413,17 @@ def test_loader_imports_quickly_and_without_frameworks():
 def test_unknown_key_in_a_list_item_has_the_nearest_key(write):
     path = write(BASE.replace("train_path: train.jsonl", "train_path: [{path: a.jsonl, wieght: 2}]"))
     assert_names(error_message(path), "`train_path.0.wieght`", "`train_path.0.weight`")
+
+
+@pytest.mark.parametrize("before", ["learning_rate=0.1", "run_name=a"])
+def test_unknown_override_without_a_value_names_the_key_that_is_meant(write, before: str):
+    message = error_message(write(BASE), before, "num_epcohs=null")
+    assert_names(message, "num_epcohs=null", "did you mean `num_epochs`")
+
+
+def test_override_with_a_comma_in_braces_names_the_list(write):
+    message = error_message(write(BASE), "lora_config={target_modules: q_proj,v_proj}")
+    assert_names(message, "`target_modules: [q_proj, v_proj]`")
 
 
 def test_key_that_the_command_line_sets_twice_raises_an_error(write):

@@ -140,6 +140,19 @@ CASES: list[tuple[str, str, str, str]] = [
         "",
     ),
     (
+        "lora_config: {target_modules: q_proj, alhpa}",
+        "`target_modules: [q_proj, alhpa]`",
+        "lora_config: {target_modules: [q_proj, alhpa]}",
+        "",
+    ),
+    (
+        "lora_config:\n  target_modules: q_proj\n  lora_alhpa:",
+        "did you mean `lora_config.lora_alpha`",
+        "lora_config:\n  target_modules: q_proj\n  lora_alpha: 8",
+        "",
+    ),
+    ("run_name: a\nlearnign_rate:", "did you mean `learning_rate`", "learning_rate: 0.1", ""),
+    (
         "lora_config: {target_modules: all}",
         "`target_modules: all-linear`",
         "lora_config: {target_modules: all-linear}",

@@ -10,21 +10,12 @@ import pytest
 
 from tests.support.jobs import PROJECT, environment
 from tests.support.messages import assert_names
-from tests.support.ray_cluster import ray_cluster
+from tests.support.ray_cluster import held_cpu, ray_cluster
 from tests.support.tiny_model import write_data
 from tests.support.trained_runs import store_full_run
 from utils.storage.bucket import open_store
 
 pytestmark = pytest.mark.slow
-
-_HOLD = """
-import ray, sys
-ray.init(log_to_driver=False)
-held = ray.util.placement_group([{"CPU": 1}])
-assert held.wait(60)
-print("held", flush=True)
-sys.stdin.read()
-"""
 
 
 def _wait_for(file: Path, text: str) -> None:
@@ -50,18 +41,12 @@ def test_evaluation_names_what_it_waits_for_and_a_lost_cluster(tiny_model: Path,
         "text",
     ]
     errors = tmp_path / "errors.txt"
-    with ray_cluster(cpus=1) as cluster, errors.open("w") as stderr:
-        variables = environment() | cluster.variables
-        holder = subprocess.Popen(
-            [sys.executable, "-c", _HOLD],
-            env=variables,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert holder.stdout and holder.stdout.readline() == "held\n"
+    with ray_cluster(cpus=1) as cluster, held_cpu(cluster), errors.open("w") as stderr:
         evaluation = subprocess.Popen(
-            [*command, "--device", "cpu", "--max-new-tokens", "8"], cwd=PROJECT, env=variables, stderr=stderr
+            [*command, "--device", "cpu", "--max-new-tokens", "8"],
+            cwd=PROJECT,
+            env=environment() | cluster.variables,
+            stderr=stderr,
         )
         try:
             _wait_for(errors, "waiting until other work")
@@ -69,8 +54,6 @@ def test_evaluation_names_what_it_waits_for_and_a_lost_cluster(tiny_model: Path,
             exit_code = evaluation.wait(90)
         finally:
             evaluation.kill()
-            holder.kill()
-            holder.communicate()
             evaluation.wait()
     written = errors.read_text()
     assert re.search(r"CPU 1 \(has 1, free 0\), since \d\d:\d\d:\d\d$", written, re.MULTILINE), written

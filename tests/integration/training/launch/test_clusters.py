@@ -17,7 +17,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from tests.support.front_door import run_main_quickly
 from tests.support.jobs import PROJECT, environment, run_main, started, tiny_settings, write_yaml
 from tests.support.messages import assert_names
-from tests.support.ray_cluster import RayCluster, needs_ray_default, ray_cluster
+from tests.support.ray_cluster import RayCluster, held_cpu, needs_ray_default, ray_cluster
 from tests.support.tiny_model import make_model_and_data
 from training.launch.trainer import LeanTorchTrainer
 from training.loop.ray_internals import DatasetsCallback, LeanTrainer, PlacementGroupCleanerCallback
@@ -228,6 +228,20 @@ def test_busy_cluster_is_reported_while_a_job_waits(files: Path, tmp_path: Path,
     assert finished.exit_code == 0, finished.errors
     (line,) = [line for line in finished.errors.splitlines() if "waiting until" in line]
     assert re.search(r"CPU 1 \(has 2, free 0\), since \d\d:\d\d:\d\d$", line), line
+
+
+def test_lost_gcs_is_reported_while_a_job_waits(files: Path, tmp_path: Path):
+    yaml = config(files, tmp_path / "waiting.yaml", run_name="waiting", num_devices=1, max_steps=1)
+    with ray_cluster(cpus=1) as cluster, held_cpu(cluster), started(yaml, cluster.variables) as job:
+        job.wait_for_line("waiting until other work")
+        cluster.kill_head("gcs_server")
+        finished = job.end()
+    assert finished.exit_code == 1, finished.errors
+    assert_names(
+        finished.result["reason"], "cluster was lost", "the GCS at", "gcs_server.out", "same command"
+    )
+    assert finished.errors.count("error: ") == 1
+    assert "Traceback" not in finished.errors
 
 
 @needs_ray_default

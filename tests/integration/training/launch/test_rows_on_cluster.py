@@ -138,7 +138,12 @@ def test_faults_of_rows_are_reported_as_by_one_machine(
             | {"XDG_CACHE_HOME": str(tmp_path / name)},
         )
 
-    on_cluster, here = run("faulty", cluster.variables), run("faulty-here", {})
+    jobs_before = cluster.count_jobs()
+    on_cluster = run("faulty", cluster.variables)
+    assert cluster.count_jobs() - jobs_before == 2, (
+        "the rows of two sources are one job; the count is the other"
+    )
+    here = run("faulty-here", {})
     (line,) = [line for line in on_cluster.errors.splitlines() if line.startswith("error: ")]
     assert on_cluster.exit_code == here.exit_code == 2
     assert on_cluster.errors[on_cluster.errors.index(line) :] == here.errors[here.errors.index(line) :]

@@ -3,6 +3,7 @@
 import shutil
 import socket
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,9 +66,15 @@ def plan(
                 on_node = replace(work.__self__, scratch=Path(lost_disk)).prepare
             yield on_node(item)
 
+    @contextmanager
+    def connect() -> Iterator[shards.ShardRun]:
+        calls.append("connect")
+        yield run
+        calls.append("disconnect")
+
     loaded = load_config(write_yaml(tmp_path / "run.yaml", settings))
     try:
-        made, *_ = make_plan(loaded, target=CLUSTER, on_cluster=run)
+        made, *_ = make_plan(loaded, target=CLUSTER, on_cluster=connect)
     except AnnealError as error:
         return calls, str(error), None
     return calls, "", made
@@ -76,7 +83,9 @@ def plan(
 def test_nodes_prepare_the_rows_and_store_them(settings: dict[str, Any], tmp_path: Path):
     calls, error, made = plan(tmp_path, settings)
     assert error == ""
-    assert set(calls) == {"find_schema", "prepare", "read_row"}
+    assert set(calls) == {"connect", "find_schema", "prepare", "read_row", "disconnect"}
+    assert calls.count("connect") == calls.count("disconnect") == 2, "one Ray job for each set of rows"
+    assert calls[-1] == "disconnect", "the rest of the plan needs no cluster"
     on_worker = fetch_prepared(made.train, tmp_path / "worker", made.prepared)
     valid = fetch_prepared(made.valid, tmp_path / "worker", made.prepared)
     assert calls.count("prepare") == sum(len(data_files(rows.directory)) for rows in (on_worker, valid)) > 4

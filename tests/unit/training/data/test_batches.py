@@ -114,6 +114,14 @@ def test_evaluation_contains_each_row_once():
     assert sorted(row for row in rows if row != PADDING_ROW) == list(range(11))
 
 
+def test_evaluation_batches_are_no_larger_than_the_rows_of_a_worker():
+    for sequences, rows_each in ((11, 6), (1, 1)):
+        shares = [eval_batches(sequences, 10**14, 2, rank) for rank in (0, 1)]
+        assert [list(map(len, share)) for share in shares] == [[rows_each], [rows_each]]
+        rows = [row for share in shares for batch in share for row in batch]
+        assert sorted(row for row in rows if row != PADDING_ROW) == list(range(sequences))
+
+
 def test_packs_of_gsm8k_like_rows_are_99_percent_full():
     """The lengths of GSM8K rows are nearly log-normal: 215 tokens on average, from about 90 to about 570."""
     lengths = np.random.default_rng(0).lognormal(np.log(205), 0.3, 4000).clip(90, 570).astype(int)

@@ -274,6 +274,26 @@ def test_prepared_shards_are_read_from_the_bucket(
         verify_prepared(first)
 
 
+def test_schema_is_only_looked_for_if_another_shard_of_the_source_follows(
+    chatml: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(shards, "MIN_BYTES", 1000)
+    paths = [write(tmp_path / f"{number}.jsonl", rows=rows) for number, rows in enumerate((20, 20, 80))]
+    monkeypatch.setattr(shards, "SHARD_BYTES", paths[0].stat().st_size + 1)
+    (tmp_path / "output").mkdir()
+    data = request(*paths)
+    worker = shards.ShardWorker(data, chatml, str(tmp_path / "output"), tmp_path / "cache")
+    looked: list[int] = []
+
+    def run(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        looked.extend(item.source for item in items if function.__name__ == "find_schema")
+        yield from map(function, items)
+
+    prepared = prepare_shards(worker, cut(data), run, lambda rows, fraction: None)
+    assert prepared.tally.rows == 120
+    assert looked == [2]
+
+
 def test_messages_to_the_driver_do_not_grow_with_the_rows(
     chatml: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -207,11 +207,37 @@ def test_base_model_of_an_adapter_must_exist_after_the_job(pack_run, local_files
         pack_run(model_id=str(local_files / "model"), storage_path="/mnt/shared", lora_config={"r": 4})
 
 
-def test_base_model_with_code_of_its_own_is_rejected_for_an_adapter(pack_run, local_files: Path):
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_base_model_with_code_of_its_own_is_rejected_for_an_adapter(pack_run, local_files: Path, file: str):
     model = local_files / "model"
     (model / "modeling_own.py").write_text("")
+    (model / "config.json").write_text("{}")
+    (model / file).write_text('{"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}')
     settings = {"model_id": str(model), "trust_remote_code": True}
     with pytest.raises(ConfigError, match=r"^model_id: .*modeling_own\.py.*file:///absolute/path"):
         pack_run(**settings, lora_config={"r": 4}, learning_rate=1e-3)
     (model.parent.parent / "packed").rmdir()
     assert "model_id/modeling_own.py" in contents(pack_run(**settings, learning_rate=1e-3))
+
+
+@pytest.mark.parametrize("config", ["{}", None])
+def test_base_model_with_code_that_its_config_does_not_name_is_uploaded_for_an_adapter(
+    pack_run, local_files: Path, bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch, config: str | None
+):
+    storage = f"{set_up_own_bucket(monkeypatch, bucket, 'served')}/runs"
+    model = local_files / "model"
+    (model / "handler.py").write_text("")
+    if config is None:
+        (model / "config.json").unlink()
+        (model / "generation_config.json").write_text("{}")
+    else:
+        (model / "config.json").write_text(config)
+    package = pack_run(
+        model_id=str(model),
+        trust_remote_code=True,
+        storage_path=storage,
+        lora_config={"r": 4},
+        learning_rate=1e-3,
+    )
+    names = {item.key for item in open_store(package.loaded.config.model_id).list()}
+    assert names and "handler.py" not in names
