@@ -16,8 +16,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PreTrainedTokenizerFast,
     Qwen3Config,
 )
@@ -57,6 +60,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "SmolLM2": {"kind": LlamaConfig, "tie_word_embeddings": True},
     "Qwen3": {"kind": Qwen3Config, "head_dim": 32, "tie_word_embeddings": True},
     "Mistral": {"kind": MistralConfig},
+    "Mixtral": {"kind": MixtralConfig, "num_local_experts": 4},
+    "Gemma 3": {"kind": Gemma3TextConfig, "head_dim": 32},
+    "GPT-NeoX": {"kind": GPTNeoXConfig, "rotary_pct": 0.25},
 }
 
 
@@ -125,7 +131,11 @@ def logits_of_transformers(
 ) -> torch.Tensor:
     """Return the logits for each token of an answer to a prompt, [tokens, vocabulary], as computed in a dtype."""
     tokenizer: Any = AutoTokenizer.from_pretrained(directory)
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=dtype,
+        experts_implementation="eager",  # the default's grouped products have no fp64
+    )
     tokens = tokenizer.encode(prompt, add_special_tokens=False)
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([[*tokens, *answer]])).logits
