@@ -256,17 +256,17 @@ def describe(exported: Export) -> str:
 
 
 def _check_tools_and_weights(trained: "TrainedModel", planned: Export) -> None:
+    facts = base_model_facts(trained.base) if trained.base else read_model_facts(trained.checkpoint)
     if planned.gguf:
-        gguf_converter()
+        gguf_converter(facts.architecture)
     if trained.base is None:
-        _check_memory_and_disk(read_model_facts(trained.checkpoint), planned, trained.cache)
+        _check_memory_and_disk(facts, planned, trained.cache)
     elif planned.kind == "adapter":
         adapter = read_adapter_facts(trained.checkpoint)
         # The plan has checked an export that the YAML describes.
-        check_vllm_base(base_model_facts(trained.base), FROM_COMMAND)
+        check_vllm_base(facts, FROM_COMMAND)
         check_vllm_adapter(adapter.lora, adapter.parameter_shapes, FROM_COMMAND)
     else:
-        facts = base_model_facts(trained.base)
         check_mergeable(facts)
         _check_memory_and_disk(facts, planned, trained.cache)
 
@@ -364,7 +364,7 @@ def write_earlier_rope_keys(file: Path) -> None:
     scaling = dict(settings.get("rope_parameters") or {})
     if "rope_theta" not in scaling:
         return
-    # GPT-NeoX has names of its own, which llama.cpp's converter reads too.
+    # GPT-NeoX has names of its own.
     is_neox = settings.get("model_type") == "gpt_neox"
     base, part = ("rotary_emb_base", "rotary_pct") if is_neox else ("rope_theta", "partial_rotary_factor")
     settings[base] = scaling.pop("rope_theta")
@@ -401,8 +401,16 @@ def _copy_adapter(trained: "TrainedModel", directory: Path) -> None:
 def _write_gguf(planned: Export, settings: ExportConfig, directory: Path) -> None:
     assert planned.gguf is not None and settings.gguf_name is not None
     file = directory / planned.gguf
+    (architecture,) = json.loads((directory / "config.json").read_text("utf-8"))["architectures"]
     done = subprocess.run(
-        [*gguf_converter(), str(directory), "--outfile", str(file), "--outtype", settings.gguf_name],
+        [
+            *gguf_converter(architecture),
+            str(directory),
+            "--outfile",
+            str(file),
+            "--outtype",
+            settings.gguf_name,
+        ],
         capture_output=True,
         text=True,
         check=False,

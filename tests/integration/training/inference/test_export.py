@@ -392,7 +392,7 @@ def test_gguf_file_is_written_by_llama_cpp(run_command: RunCommand, run: str, tm
 def test_missing_gguf_converter_is_an_error(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(exportable, "_GGUF_PACKAGE", "no_such_package")
     with pytest.raises(ConfigError) as caught:
-        exportable.gguf_converter()
+        exportable.gguf_converter("LlamaForCausalLM")
     assert_names(str(caught.value), "make setup-gguf", GGUF_TOOL, "PATH")
 
 
