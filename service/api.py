@@ -3,11 +3,13 @@
 import logging
 import time
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
+import anyio
+import anyio.to_thread
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp
@@ -24,9 +26,15 @@ from service.models import Models, ServedModel
 from service.progress import Progress
 from service.routes import caller_of, file_router, job_router, model_router
 from utils.storage.bucket import BucketError
-from utils.storage.s3 import CHECK, S3Store
+from utils.storage.s3 import CHECK, REQUEST, S3Store
 
 _log = logging.getLogger("service")
+
+
+@cache
+def _health_threads() -> anyio.CapacityLimiter:
+    """Return the limiter of threads that check the bucket's health: requests that wait for the bucket must not take them."""
+    return anyio.CapacityLimiter(8)
 
 
 def create_app(service: LoadedService, handles: Mapping[str, Any]) -> ASGIApp:
@@ -36,13 +44,14 @@ def create_app(service: LoadedService, handles: Mapping[str, Any]) -> ASGIApp:
         service: The service YAML.
         handles: Base model -> handle of its engine.
     """
-    store, checks = S3Store(service.config.storage_path), S3Store(service.config.storage_path, CHECK)
+    uri = service.config.storage_path
+    store, checks = S3Store(uri, REQUEST), S3Store(uri, CHECK)
     limits = service.config.limits
     models = Models(store, service, int(time.time()))
     metrics = Metrics(store)
     app = FastAPI(title="Anneal", openapi_url=None, redirect_slashes=False)
     _add_error_handlers(app)
-    app.include_router(file_router(Files(store, limits)))
+    app.include_router(file_router(Files(store, S3Store(uri), limits)))
     app.include_router(job_router(Jobs(store, service, models), Progress(store)))
     app.include_router(model_router(models))
 
@@ -53,7 +62,7 @@ def create_app(service: LoadedService, handles: Mapping[str, Any]) -> ASGIApp:
 
     @app.get("/healthz")
     async def healthz() -> Response:
-        await run_in_threadpool(checks.first, "keys/")
+        await anyio.to_thread.run_sync(checks.first, "keys/", limiter=_health_threads())
         return Response("ok\n", media_type="text/plain")
 
     @app.get("/metrics")

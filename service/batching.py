@@ -21,8 +21,6 @@ BASE = "__base__"
 
 _ROOM = 128
 """Tokens by which the cache grows at a time."""
-_LEAST_TEMPERATURE = 1e-5
-"""Below it, the most likely token is chosen, as vLLM does: logits divided by less overflow."""
 _JOINING_TOKENS = 512
 """Most tokens of prompts, padding included, that are computed between two steps; a longer prompt joins alone."""
 _BATCHED_LAYERS = {"full_attention", "sliding_attention"}
@@ -281,7 +279,7 @@ def _sample(row: Row, logits: torch.Tensor, likeliest: int) -> Sampled:
         likeliest: Index of the largest logit.
     """
     settings, token = row.sampling, likeliest
-    if settings.temperature >= _LEAST_TEMPERATURE:
+    if not settings.is_greedy:
         scores = TemperatureLogitsWarper(settings.temperature)(None, logits[None].float())  # pyright: ignore
         if settings.top_p < 1:
             scores = TopPLogitsWarper(settings.top_p)(None, scores)  # pyright: ignore
@@ -300,7 +298,7 @@ def _sample(row: Row, logits: torch.Tensor, likeliest: int) -> Sampled:
 
 def generator_of(sampling: Sampling, choice: int, device: torch.device) -> torch.Generator | None:
     """Return the random numbers of one choice: determined by `seed` alone, whatever else is in the batch."""
-    if sampling.temperature < _LEAST_TEMPERATURE:
+    if sampling.is_greedy:
         return None
     generator = torch.Generator(device=device)
     if sampling.seed is None:

@@ -29,6 +29,8 @@ from utils.processes import die_with
 
 NAMESPACE = "fine-tuning-service"
 _TAIL_BYTES = 4000
+_NOT_STARTED = 126
+"""Exit code that a shell reports for a command it cannot execute."""
 
 
 @dataclass(frozen=True)
@@ -98,13 +100,22 @@ class JobDriver:
     """An actor that runs main.py for one job; the process is killed with the actor."""
 
     def __init__(self, config: str, job_id: str, address: str):
+        """Start main.py; `state` returns the error if it cannot be started."""
+        self._is_stopping = False
+        self._process: subprocess.Popen[bytes] | None = None
+        self._failure = ""
+        try:
+            self._start(config, job_id, address)
+        except Exception as error:  # noqa: BLE001  an actor that cannot be constructed loses the reason
+            self._failure = f"error: cannot start the driver: {' '.join(str(error).split())}"
+
+    def _start(self, config: str, job_id: str, address: str) -> None:
         settings = FinetuneConfig.model_validate(yaml.safe_load(config))
         directory = make_scratch_directory(settings) / "jobs"
         directory.mkdir(exist_ok=True)
         path = directory / f"{job_id}.yaml"
         path.write_text(config, "utf-8")
         self._errors = path.with_suffix(".stderr")
-        self._is_stopping = False
         with self._errors.open("wb") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, str(PROJECT / "main.py"), str(path), "--json"],
@@ -118,13 +129,15 @@ class JobDriver:
 
     def state(self) -> DriverState:
         """Return the state of the process."""
+        if self._process is None:
+            return DriverState(_NOT_STARTED, self._is_stopping, self._failure)
         code = self._process.poll()
         output = "" if code is None else self._errors.read_bytes()[-_TAIL_BYTES:].decode(errors="replace")
         return DriverState(code, self._is_stopping, output)
 
     def stop(self) -> None:
         """Ask the process to commit a checkpoint and exit."""
-        if not self._is_stopping and self._process.poll() is None:
+        if not self._is_stopping and self._process is not None and self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
         self._is_stopping = True
 

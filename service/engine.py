@@ -18,6 +18,9 @@ FinishReason = Literal["stop", "length", "tool_calls"]
 MAX_ONGOING_REQUESTS = 512
 """Requests that one replica of an engine accepts; it batches as many of them as memory allows."""
 
+_LEAST_TEMPERATURE = 1e-5
+"""Below it, the most likely token is chosen, as vLLM does: logits divided by less overflow."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -35,6 +38,11 @@ class Sampling:
     """Texts that end an answer; they are not part of it."""
     top_logprobs: int | None = None
     """Alternatives reported with each token's log probability; None: no log probabilities."""
+
+    @property
+    def is_greedy(self) -> bool:
+        """Return whether each token is the most likely one, so that all choices are the same."""
+        return self.temperature < _LEAST_TEMPERATURE
 
 
 @dataclass(frozen=True)

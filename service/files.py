@@ -6,6 +6,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -26,12 +27,16 @@ from utils.storage.s3 import UPLOAD_PART_BYTES, S3Store, StreamedUpload
 
 PURPOSE, RESULTS_PURPOSE = "fine-tune", "fine-tune-results"
 _PARTS_AT_A_TIME = 3
+_MAX_UPLOADS = 100
+"""Uploads that one replica receives at a time. Each has up to 8 MB that are not sent yet, and 3 parts of 8 MB on their way."""
 _SILENCE_SECONDS = 60.0
 _MAX_FIELD_BYTES = 4096
 _MAX_PARTS = 16
 _READ_BYTES = 4 * 1024 * 1024
+_DELETED = "deleted/"
+"""Prefix of the markers of files that were just deleted, by which a repeated deletion is recognized."""
 _ORPHAN_SECONDS = 3600.0
-"""Age at which a content without a record is an orphan: much longer than a request waits for the bucket."""
+"""Age at which a content without a record is an orphan: much longer than a request waits for the bucket or is repeated."""
 
 
 @cache
@@ -43,8 +48,16 @@ def _upload_threads() -> anyio.CapacityLimiter:
 class Files:
     """The files of all projects."""
 
-    def __init__(self, store: S3Store, limits: Limits):
-        self._store, self._limits = store, limits
+    def __init__(self, store: S3Store, contents: S3Store, limits: Limits):
+        """Set where files are stored.
+
+        Args:
+            store: The service's storage path, for requests that must be answered soon.
+            contents: The same path, for uploads: their data is lost if the bucket is given up too early.
+            limits: Limits of the service.
+        """
+        self._store, self._contents, self._limits = store, contents, limits
+        self._uploads = 0
 
     async def create(self, caller: Caller, request: Request) -> Record:
         """Stream an upload into the bucket and return its record."""
@@ -55,7 +68,9 @@ class Files:
         await anyio.to_thread.run_sync(self._check_stored_bytes, caller.project)
         name = f"{secrets.token_hex(12)}.jsonl"
         key = content_key(caller.project, name)
-        upload = await _Upload(request, self._limits.file_bytes, self._too_large).stream_to(self._store, key)
+        parser = _Upload(request, self._limits.file_bytes, self._too_large)
+        with self._upload_place():
+            upload = await parser.stream_to(self._contents, key)
         try:
             purpose = upload.fields.get("purpose")
             if purpose is None:
@@ -115,7 +130,10 @@ class Files:
             is_retry: The client repeats a request whose answer it lost, so the file may have been deleted already.
         """
         records = files_of(self._store, project)
+        marker = f"{_DELETED}{project}/{file_id}"
         if is_retry and records.is_id(file_id) and records.get(file_id) is None:
+            if self._store.read_if_exists(marker) is None:
+                raise not_found("File object", file_id)
             return
         self.get(project, file_id)
         prefix = active_key(project)
@@ -125,9 +143,27 @@ class Files:
                 raise invalid(
                     f"The file is used by the unfinished job {job['id']}. Cancel the job first.", "file_id"
                 )
+        self._store.write(marker, b"")
         record = records.remove(file_id)
         if record is not None:
             self._store.delete([content_key(project, record["content"])])
+
+    @contextmanager
+    def _upload_place(self) -> Iterator[None]:
+        """Count an upload; raise an ApiError if this replica receives too many already."""
+        if self._uploads >= _MAX_UPLOADS:
+            raise ApiError(
+                status=429,
+                message=f"The service receives {_MAX_UPLOADS} uploads already. Upload the file again.",
+                type="rate_limit_error",
+                code="rate_limit_exceeded",
+                headers={"Retry-After": "5"},
+            )
+        self._uploads += 1
+        try:
+            yield
+        finally:
+            self._uploads -= 1
 
     def _check_stored_bytes(self, project: str) -> None:
         stored = sum(item.size for item in self._store.list(content_key(project)))
@@ -149,15 +185,19 @@ class Files:
 
 
 def delete_orphans(store: S3Store) -> None:
-    """Delete contents without a record, which killed uploads and deletions have left."""
+    """Delete contents without a record, which killed uploads and deletions have left, and old markers of deleted files."""
+    _delete_old(store, [item.key for item in store.list(_DELETED)])
     contents: dict[str, list[str]] = {}
     for item in store.list("content/"):
         contents.setdefault(item.key.split("/")[1], []).append(item.key)
     for project, keys in contents.items():
         found = files_of(store, project).slice(after=None, limit=sys.maxsize)
         known = {content_key(project, record["content"]) for record in found.records} if found else set()
-        orphans = [key for key in keys if key not in known]
-        store.delete([key for key in orphans if (store.age(key) or 0.0) > _ORPHAN_SECONDS])
+        _delete_old(store, [key for key in keys if key not in known])
+
+
+def _delete_old(store: S3Store, keys: list[str]) -> None:
+    store.delete([key for key in keys if (store.age(key) or 0.0) > _ORPHAN_SECONDS])
 
 
 async def _in_upload_thread(call: Callable[..., None], *arguments: Any) -> None:

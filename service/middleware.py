@@ -6,8 +6,10 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
+from functools import cache
 from typing import Any
 
+import anyio
 import anyio.to_thread
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -22,6 +24,12 @@ _MAX_KEYS = 10_000
 _METHODS = ("GET", "POST", "DELETE", "HEAD", "OPTIONS", "PUT", "PATCH")
 
 _log, _access_log = logging.getLogger("service"), logging.getLogger("service.access")
+
+
+@cache
+def _key_threads() -> anyio.CapacityLimiter:
+    """Return the limiter of threads that check keys: requests that wait for the bucket must not take them."""
+    return anyio.CapacityLimiter(64)
 
 
 class RequestRates:
@@ -81,7 +89,9 @@ class Gate:
             try:
                 headers = {name: value for name, value in scope["headers"] if name == b"authorization"}
                 authorization = headers.get(b"authorization", b"").decode("latin-1")
-                caller = await anyio.to_thread.run_sync(self._keyring.caller, authorization)
+                caller = await anyio.to_thread.run_sync(
+                    self._keyring.caller, authorization, limiter=_key_threads()
+                )
                 self._rates.count(caller.key_id)
             except ApiError as error:
                 await answer_error(error)(scope, receive, send)

@@ -2,16 +2,18 @@
 
 The records of one kind and project are stored in pages of 40, `<prefix>/<999999999 - number>.json`, so that the newest page
 is listed first. An id contains the number of its page and the record's place in it. So a record is read with one request, and
-a list of 20 with at most three, however many records exist. A page is changed by reading it and replacing it only if its ETag
-is still the same.
+a list of 20 with at most four, however many records exist. A list that selects records may read all pages, 16 at a time. A
+page is changed by reading it and replacing it only if its ETag is still the same.
 """
 
+import itertools
 import json
 import random
 import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,8 @@ from utils.storage.s3 import S3Store
 PAGE_RECORDS = 40
 _LAST_PAGE = 999_999_999
 _GIVE_UP_SECONDS = 60.0
+_SINGLE_PAGES, _PAGES_AT_A_TIME = 3, 16
+"""Pages that a list reads one by one, enough for 20 records, and then at the same time."""
 
 Record = dict[str, Any]
 
@@ -163,12 +167,9 @@ class Records:
         elif (number := self._page_of(after)) is None:
             return None
         found: list[Record] = []
-        while number is not None and number >= 0:
-            page = self._store.read_if_exists(self._key(number))
-            if page is None:
-                break
+        for page in self._pages(number, step) if number is not None else ():
             # `insert` and `append` may give two records the same place, so the id decides between them.
-            records = sorted(json.loads(page), key=lambda record: self._order_of(record["id"]))[::step]
+            records = sorted(page, key=lambda record: self._order_of(record["id"]))[::step]
             if after is not None:
                 order, after = self._order_of(after), None
                 records = [
@@ -183,8 +184,22 @@ class Records:
             found += [record for record in records if wanted(record)]
             if len(found) > limit:
                 break
-            number += step
         return Slice(found[:limit], len(found) > limit)
+
+    def _pages(self, number: int, step: int) -> Iterator[list[Record]]:
+        """Yield the records of pages, up to the last one; after a few pages, several are read at a time."""
+
+        def read(each: int) -> bytes | None:
+            return self._store.read_if_exists(self._key(each)) if each >= 0 else None
+
+        with ThreadPoolExecutor(_PAGES_AT_A_TIME, thread_name_prefix="pages") as pool:
+            for place in itertools.count():
+                count = 1 if place < _SINGLE_PAGES else _PAGES_AT_A_TIME
+                for page in pool.map(read, range(number, number + count * step, step)):
+                    if page is None:
+                        return
+                    yield json.loads(page)
+                number += count * step
 
     def _before(
         self, number: int | None, records: list[Record], existing: Callable[[Record], bool] | None

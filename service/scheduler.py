@@ -78,7 +78,7 @@ _log = logging.getLogger("service.scheduler")
 
 @dataclass
 class _Attempts:
-    """Attempts of a job that failed for a reason that may pass, in this process."""
+    """Failed attempts of a job since its last progress, in this process; their reason may pass."""
 
     failed: int = 0
     not_before: float = 0.0
@@ -216,10 +216,11 @@ class Scheduler:
             self._mark_progress(project, job)
 
     def _mark_progress(self, project: str, job: Record) -> None:
-        """Record when metrics up to a step became visible, so that events keep their times."""
+        """Record when metrics up to a step became visible, so that events keep their times; forget earlier failures."""
         step = max(self._progress.steps(project, job["id"]), default=0)
         if step > (job["marks"][-1][0] if job["marks"] else 0):
             self._update(project, job, (RUNNING,), lambda found: with_mark(found, step))
+            self._memory.attempts.pop(job["id"], None)
 
     def _update(
         self, project: str, job: Record, statuses: tuple[str, ...], change: Callable[[Record], Record]
@@ -256,6 +257,7 @@ class Scheduler:
             message = self._with_file_ids(project, job, checked.error)
             self._fail(project, job, "invalid_file", message, checked.param)
             return
+        memory.attempts.pop(job_id, None)
         needs = asdict(checked.needs)
         self._update(
             project,
@@ -348,6 +350,7 @@ class Scheduler:
         if state.exit_code != 0:
             said = [line for line in state.output.splitlines() if line.startswith("error: ")]
             reason = said[-1].removeprefix("error: ") if said else f"main.py exited with {state.exit_code}"
+            self._mark_progress(project, job)  # the driver may have advanced since the last look
             self._failed_attempt(project, job, self._with_file_ids(project, job, reason))
             return True
         return False
@@ -405,7 +408,7 @@ class Scheduler:
         return attempts is None or time.monotonic() >= attempts.not_before
 
     def _failed_attempt(self, project: str, job: Record, reason: str) -> None:
-        """Count an attempt that failed for a reason that may pass; fail the job after too many."""
+        """Count an attempt that failed for a reason that may pass; fail the job after too many without progress."""
         attempts = self._memory.attempts.setdefault(job["id"], _Attempts())
         attempts.add()
         _log.warning("job %s, attempt %d: %s", job["id"], attempts.failed, reason)

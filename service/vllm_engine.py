@@ -199,24 +199,24 @@ class VllmEngine:
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "seed": sampling.seed,
-            "n": sampling.n,
+            "n": 1
+            if sampling.is_greedy
+            else sampling.n,  # vLLM rejects several greedy choices, which are the same
             "logprobs": sampling.top_logprobs,
             "stop_token_ids": sorted(self._stop_tokens),
             "stream": True,
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
         }
-        yield Accepted(len(prompt))
         async with self._client.stream("POST", "/v1/completions", json=body) as response:
             if response.is_error:
                 raise _rejected(await response.aread())
+            yield Accepted(len(prompt))
             async for choice in _choices(response):
-                answer = answers[choice["index"]]
-                for sampled in self._sampled(choice, answer, sampling.top_logprobs):
-                    if (delta := answer.push(sampled)) is not None:
-                        yield delta
-                    if answer.is_finished:
-                        break
+                for answer in answers if sampling.is_greedy else [answers[choice["index"]]]:
+                    for sampled in self._sampled(choice, answer, sampling.top_logprobs):
+                        if (delta := answer.push(sampled)) is not None:
+                            yield delta
                 if all(answer.is_finished for answer in answers):
                     return  # a stop text ended it: closing the connection frees its place
 
@@ -298,16 +298,22 @@ async def _choices(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
             continue
         chunk = json.loads(line.removeprefix("data: "))
         if "error" in chunk:
-            raise _rejected(line.encode())
+            raise _rejected(json.dumps(chunk).encode())
         for choice in chunk["choices"]:
             yield choice
 
 
 def _rejected(content: bytes) -> ApiError:
+    """Return the error for vLLM's answer: 400 if vLLM reports a mistake in the request, else 500."""
+    try:
+        error = json.loads(content)["error"]
+        is_mistake, message = error["code"] == 400, str(error["message"])
+    except (ValueError, KeyError, TypeError):
+        is_mistake, message = False, content.decode(errors="replace")
     return ApiError(
-        status=500,
-        message=f"vLLM rejected the request: {content[:300].decode(errors='replace')}",
-        type="server_error",
+        status=400 if is_mistake else 500,
+        message=f"vLLM rejected the request: {message[:300]}",
+        type="invalid_request_error" if is_mistake else "server_error",
     )
 
 

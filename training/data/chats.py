@@ -73,6 +73,10 @@ class _Reading:
     untrained: set[int] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
     """Parts that were changed or not used, as counted in the plan."""
+    texts: list[str] = field(default_factory=list)
+    """Contents merged into the last message, joined once it is complete: joining each time takes quadratic time."""
+    thoughts: list[str] = field(default_factory=list)
+    """Reasoning of the last message, likewise."""
 
 
 def read_chat(values: Any, what: str, tools: list[Tool] | None, *, system: str | None = None) -> Chat:
@@ -127,6 +131,7 @@ def _read_messages(messages: list[Any], tools: list[Tool] | None) -> _Reading:
     reading = _Reading(tools)
     for position, value in enumerate(messages, start=1):
         _append(_read_message(value, position, reading), position, reading)
+    _join_texts(reading)
     if reading.messages and _is_thought_alone(reading.messages[-1]):
         raise RowError("role order", _no_answer(len(messages)))
     return reading
@@ -392,17 +397,19 @@ def _join_parts(parts: Any, at: str, notes: list[str]) -> tuple[str, str]:
             notes.append(f"`{key}` of {'text' if is_text else kind} parts is not used")
         if is_text:
             text = part.get("text")
-            texts.append(check_text(text, f"{at}: text part") if text != "" else "")
+            is_blank = isinstance(text, str) and not text.strip()
+            texts.append(text if is_blank else check_text(text, f"{at}: text part"))
         elif kind in ("thinking", "reasoning"):
             if part.get(kind) and part.get("text") and part[kind] != part["text"]:
                 raise RowError(
                     "two reasonings",
                     f"{at} has a {kind} part with different texts in `{kind}` and `text`. Keep one of them",
                 )
-            thought = part.get(kind) or part.get("text")
+            thought = part.get(kind) or part.get("text") or part.get(kind)
             if isinstance(thought, list | tuple):  # of text parts, as in mistral_common's ThinkChunk
                 thought = "".join(_content_of(thought, "assistant", f"{at}: {kind} part", notes))
-            thoughts.append(check_text(thought, f"{at}: {kind} part"))
+            if not isinstance(thought, str) or thought.strip():  # APIs may return a signature alone
+                thoughts.append(check_text(thought, f"{at}: {kind} part"))
         else:
             raise RowError(
                 "unsupported content", f"{at} has a part of type {short(kind)}. Only text is supported"
@@ -503,30 +510,28 @@ def _append(message: Message, position: int, reading: _Reading) -> None:
     if previous is not None and _is_thought_alone(previous):
         _add_thought(message, position, reading)
         return
-    if role == "tool" and not _follows_a_call(messages):
-        raise RowError(
-            "role order",
-            f"message {position}: a tool message must follow an assistant message with tool_calls, but none precedes it",
-        )
     if previous is None or role != previous["role"] or role == "tool":
+        _join_texts(reading)
+        if role == "tool" and not _follows_a_call(messages):
+            raise RowError(
+                "role order",
+                f"message {position}: a tool message must follow an assistant message with tool_calls, but none precedes it",
+            )
         messages.append(message)
         reading.numbers.append(position)
         return
-    if (
-        set(message) == {"role", "content", "tool_calls"}
-        and not message["content"]
-        and "tool_calls" not in previous
-    ):
-        messages[-1] = {**previous, "tool_calls": message["tool_calls"]}
-        return
-    is_untrained = {index in reading.untrained for index in (len(messages) - 1, len(messages))}
-    are_calls = previous.keys() == message.keys() == {"role", "content", "tool_calls"}
-    if are_calls and not message["content"] and len(is_untrained) == 1:
-        reading.untrained.discard(len(messages))
-        messages[-1] = {**previous, "tool_calls": [*previous["tool_calls"], *message["tool_calls"]]}
-        reading.notes.append("consecutive calls are merged into one message")
-        return
-    others = sorted((set(message) | set(previous)) - {"role", "content"})
+    _merge(message, position, reading)
+
+
+def _merge(message: Message, position: int, reading: _Reading) -> None:
+    """Merge a message into the previous one of its role: texts, or calls without a text; reject others."""
+    previous, role = reading.messages[-1], message["role"]
+    is_calls = message.keys() == {"role", "content", "tool_calls"}
+    adds_calls = is_calls and not message["content"]
+    others = sorted((message.keys() | previous.keys()) - {"role", "content"})
+    if adds_calls and ("tool_calls" not in previous or previous.keys() == message.keys()):
+        others = []
+    is_untrained = {len(reading.messages) - 1 + step in reading.untrained for step in (0, 1)}
     if others or len(is_untrained) > 1:
         cause = f"of `{others[0]}`" if others else "only one of them is in the loss"
         fix = "Write them as one message" if others else "Give both the same weight"
@@ -535,9 +540,24 @@ def _append(message: Message, position: int, reading: _Reading) -> None:
             f"messages {position - 1} and {position} are both from the {role} and cannot be merged, because {cause}. {fix}, or put a "
             "message of another role between them",
         )
-    reading.untrained.discard(len(messages))
-    messages[-1] = {**previous, "content": f"{previous['content']}\n\n{message['content']}"}
-    reading.notes.append(f"consecutive {role} messages are merged")
+    reading.untrained.discard(len(reading.messages))
+    if not adds_calls:
+        reading.texts = reading.texts or [previous["content"]]
+        reading.texts.append(message["content"])
+        reading.notes.append(f"consecutive {role} messages are merged")
+    elif "tool_calls" in previous:
+        previous["tool_calls"] += message["tool_calls"]
+        reading.notes.append("consecutive calls are merged into one message")
+    else:
+        previous["tool_calls"] = message["tool_calls"]
+        reading.notes.append("consecutive assistant messages are merged")
+
+
+def _join_texts(reading: _Reading) -> None:
+    """Join the texts that were merged into the last message."""
+    if reading.texts:
+        reading.messages[-1]["content"] = "\n\n".join(reading.texts)
+        reading.texts = []
 
 
 def _is_thought_alone(message: Message) -> bool:
@@ -548,24 +568,26 @@ def _is_thought_alone(message: Message) -> bool:
 def _add_thought(message: Message, position: int, reading: _Reading) -> None:
     """Add a message with the reasoning of the message before it."""
     previous = reading.messages[-1]
-    thought = previous["reasoning_content"]
     if message["role"] != "assistant":
         raise RowError("role order", _no_answer(position - 1))
-    own = message.get("reasoning_content", thought)
-    if own != thought and _is_thought_alone(message):
-        thought = f"{thought}\n\n{own}"
-    elif own != thought:
-        raise RowError(
-            "two reasonings",
-            f"messages {position - 1} and {position} have different reasoning. Write it in one message",
-        )
     if len(reading.untrained & {len(reading.messages) - 1, len(reading.messages)}) == 1:
         raise RowError(
             "wrong weight",
             f"only one of messages {position - 1} and {position} is in the loss, but they are one turn. Give both the same weight",
         )
     reading.untrained.discard(len(reading.messages))
-    reading.messages[-1] = {**previous, **message, "reasoning_content": thought}
+    reading.thoughts = reading.thoughts or [previous["reasoning_content"]]
+    own = message.get("reasoning_content")
+    if _is_thought_alone(message):
+        reading.thoughts += [message["reasoning_content"]] if reading.thoughts != [own] else []
+        return
+    thought, reading.thoughts = "\n\n".join(reading.thoughts), []
+    if own not in (None, thought):
+        raise RowError(
+            "two reasonings",
+            f"messages {position - 1} and {position} have different reasoning. Write it in one message",
+        )
+    previous |= {**message, "reasoning_content": thought}
 
 
 def _no_answer(position: int) -> str:

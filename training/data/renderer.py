@@ -505,7 +505,7 @@ class Renderer:
 
     def _chat(self, chat: Chat) -> tuple[Rendered, ...]:
         """Render the trained turns of a chat as few sequences as give each turn its own context."""
-        trained = [k for k in answers_of(chat.messages) if k not in chat.untrained]
+        trained = sorted(set(answers_of(chat.messages)).difference(chat.untrained))
         if self._turns == "last":
             trained = trained[-1:]
         chat = (
@@ -608,7 +608,7 @@ class Renderer:
         Args:
             chat: The chat.
             index: Index of the turn.
-            form: How messages are handed to the template.
+            form: How messages are passed to the template.
             thinks: True if the turn is asked for with thinking; None: if it has reasoning.
         """
         messages = adapted(chat.messages[: index + 1], form, chat.tools)

@@ -33,7 +33,7 @@ class RowPass:
     def __init__(self, request: DataRequest, tokenizer: ChunkTokenizer):
         self.tally = Tally()
         self.schema: RowSchema | None = None
-        """Return the schema of the rows of the current source; None until a row has a known format."""
+        """Schema of the rows of the current source; None until a row has a known format."""
         self._request = request
         self._tokenizer = tokenizer
         self._taken_before = 0

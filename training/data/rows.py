@@ -277,7 +277,7 @@ def _with_class_names(row: dict[str, Any], reading: RowSchema) -> dict[str, Any]
 
 def _with_greeting_as_context(chat: Chat) -> Chat:
     """Exclude assistant messages before the first question from the loss: the model is never asked for them."""
-    greeting = [index for index in greeting_of(chat.messages) if index not in chat.untrained]
+    greeting = sorted(set(greeting_of(chat.messages)).difference(chat.untrained))
     if not greeting:
         return chat
     note = "assistant messages before the first user message are not in the loss"
@@ -470,6 +470,11 @@ def _labelled(chat: Chat, labels: tuple[str, ...]) -> Chat:
         raise RowError(
             "unknown label",
             f"has the label {answer[:40]!r}, which is not in classifier_config.label_tokens ({known}). {fix}, or add it there",
+        )
+    if len(chat.messages) - 1 in chat.untrained:
+        raise RowError(
+            "wrong weight",
+            "has a label that is excluded from the loss, but only labels are trained. Remove the row, or the weight or mask of its label",
         )
     last = {key: value for key, value in chat.messages[-1].items() if key != "reasoning_content"}
     notes = (*chat.notes, "reasoning of labels is not used") if reasoning else chat.notes

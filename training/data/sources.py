@@ -4,11 +4,10 @@ import codecs
 import csv
 import io
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -147,7 +146,9 @@ def files_of_other_splits(uris: Sequence[str]) -> list[str]:
     """Return the files of a pattern that belong to another split than its training files, or than its first; empty for one split."""
     if len(uris) < 2:
         return []
-    by_split = _by_split(uris, os.path.commonpath([uri.rpartition("/")[0] for uri in uris]))
+    folders = zip(*(uri.split("/")[:-1] for uri in uris), strict=False)
+    common = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, folders)]
+    by_split = _by_split(uris, "/".join(common))
     kept = "train" if "train" in by_split else next(iter(by_split))
     return [uri for split, files in by_split.items() if split != kept for uri in files]
 

@@ -24,15 +24,15 @@ class Form:
     reasoning: str | None = None
     """Key of a turn's reasoning; None: inside the content, as written."""
     arguments_as_text: bool = False
-    """True to hand over the arguments of calls as JSON text."""
+    """True to pass the arguments of calls as JSON text."""
     short_ids: bool = False
     """True to replace the ids of calls with nine characters."""
     null_content: bool = False
-    """True to hand over no content beside calls."""
+    """True to pass no content beside calls."""
     parts: bool = False
-    """True to hand over content as a list of text parts."""
+    """True to pass content as a list of text parts."""
     tools_in_system: bool = False
-    """True to hand over the tools in the system message, as the JSON text of their functions."""
+    """True to pass the tools in the system message, as the JSON text of their functions."""
 
 
 def answers_of(messages: Sequence[Message]) -> list[int]:
@@ -140,14 +140,16 @@ def context_of(example: Chat | Pair) -> list[Message]:
 
 def _without(example: Chat | Pair, indices: Collection[int]) -> Chat | Pair:
     """Return an example without the messages at some indices, which all precede the first question."""
-    kept = [index for index in range(len(context_of(example))) if index not in indices]
+    removed = set(indices)
+    kept = [index for index in range(len(context_of(example))) if index not in removed]
     if isinstance(example, Pair):
         return replace(example, prompt=[example.prompt[index] for index in kept])
     numbers = example.numbers or range(1, len(example.messages) + 1)
+    places = {index: place for place, index in enumerate(kept)}
     return replace(
         example,
         messages=[example.messages[index] for index in kept],
-        untrained=tuple(kept.index(index) for index in example.untrained if index in kept),
+        untrained=tuple(places[index] for index in example.untrained if index in places),
         numbers=tuple(numbers[index] for index in kept),
     )
 

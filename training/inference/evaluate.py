@@ -21,13 +21,15 @@ from runs.layout import evaluation_key, run_of
 from training.checkpoints.store import CheckpointError, read_manifest
 from training.data.chunks import ChunkResult
 from training.data.errors import DataError, RowError
+from training.data.flags import flag_of
 from training.data.prepared import find_prepared, rows_of_run
 from training.data.prompting import encode_prompt, stop_tokens
-from training.data.records import Chat, Example, Filled, Pair, Task, Tokens
+from training.data.records import Chat, Example, Filled, Pair, Task, Text, Tokens
 from training.data.renderer import Renderer
 from training.data.row_pass import Tally
 from training.data.rows import RowSchema, rating_of, read_row, recognise
 from training.data.sources import find_files, open_file
+from training.data.template_forms import split_thought
 from training.data.token_files import digest_of
 from training.events import WorkersFailedError
 from training.inference.checkpoint_model import TrainedModel
@@ -73,8 +75,8 @@ class Question:
     prompt: str
     tokens: Sequence[int]
     expected: str
-    digest: int
-    """Digest of the rendered row, as in prepared rows."""
+    digests: frozenset[int]
+    """Digests that the row has in prepared rows: as a chat, and as a response with a label."""
 
 
 class Answer(BaseModel):
@@ -142,7 +144,12 @@ def evaluate(
     digests = _trained_digests(trained)
     texts = _answer(questions, trained, settings, progress)
     answers = [
-        _score(question, text, settings.match, None if digests is None else question.digest in digests)
+        score(
+            question,
+            text,
+            settings.match,
+            None if digests is None else not question.digests.isdisjoint(digests),
+        )
         for question, text in zip(questions, texts, strict=True)
     ]
     file = re.sub(r"[^\w-]+", "-", PurePosixPath(data).name.partition(".")[0])
@@ -230,32 +237,43 @@ def _question(
             "has `input_ids`, but an answer is compared as text. Use rows with a question and an answer",
         )
     expected = _expected(example)
-    if _comparable(expected, settings.match) is None:
+    if _comparable(_without_reasoning(expected), settings.match) is None:
         raise RowError(
             "no number",
             f"the answer contains no number ({expected[:40]!r}); compare complete texts with --match text",
         )
-    sequences = renderer.render(replace(example, untrained=()) if isinstance(example, Chat) else example)
-    rendered = sequences[0]  # of a pair, its chosen answer
+    example = replace(example, untrained=()) if isinstance(example, Chat) else example
+    rendered = renderer.render(example)[0]  # of a pair, its chosen answer
     prompt = rendered.text[: rendered.spans[-1][0]]
     return Question(
         location=location,
         prompt=prompt,
         tokens=encode_prompt(tokenizer, prompt, is_rendered=not rendered.ends_the_text),
         expected=expected,
-        digest=digest_of(sequences),
+        digests=_digests_of_row(example, renderer),
     )
+
+
+def _digests_of_row(example: Chat | Text | Filled | Pair, renderer: Renderer) -> frozenset[int]:
+    """Return the digests that a row has in prepared rows: a chat with a label ends before what the template writes after its answer."""
+    if isinstance(example, Pair):
+        example = Chat([*example.prompt, *example.chosen], example.tools, variables=example.variables)
+    rendered = renderer.render(example)[-1]
+    labelled = replace(rendered, text=rendered.text[: rendered.spans[-1][1]])
+    return frozenset(digest_of([each]) for each in (rendered, labelled))
 
 
 def _schema_of(row: dict[str, Any], config: FinetuneConfig, columns: Mapping[str, str]) -> RowSchema:
     """Return how a row is read: as in training, but a run of preference tuning also answers rows without a rating."""
     task: Task = "classification" if config.task == "classification" else "instruction_tuning"
     labels = tuple(config.classifier_config.label_tokens) if config.classifier_config else ()
+    # Questions are no plain texts, tokens or pairs, whatever the run was trained on.
+    given = None if config.data_format in ("auto", "text", "tokens", "preference") else config.data_format
     if config.task == "preference_tuning":
-        found = recognise(row, columns, config.task, config.prompt_template, unpaired=True)
-        if found == "preference" or rating_of(row, columns) is not None:
+        found = given or recognise(row, columns, config.task, config.prompt_template, unpaired=True)
+        if found == "preference" or flag_of(rating_of(row, columns)) is not None:
             return RowSchema(config.task, found, columns, config.prompt_template, labels, unpaired=True)
-    found = recognise(row, columns, task, config.prompt_template)
+    found = given or recognise(row, columns, task, config.prompt_template)
     return RowSchema(task, found, columns, config.prompt_template, labels)
 
 
@@ -267,9 +285,15 @@ def _expected(example: Example) -> str:
             raise RowError(
                 "bad answer", "has a label that says that its answer is bad, so no answer is expected"
             )
-        return str(example.chosen[-1]["content"])
-    assert isinstance(example, Chat), "other formats do not have exactly one answer"
-    return str(example.messages[-1]["content"])
+        answer = example.chosen[-1]
+    else:
+        assert isinstance(example, Chat), "other formats do not have exactly one answer"
+        answer = example.messages[-1]
+    if answer.get("tool_calls"):
+        raise RowError(
+            "call", "ends with a call, which evaluate cannot compare. End the row with the answer after it"
+        )
+    return str(answer["content"])
 
 
 def _max_tokens(trained: TrainedModel) -> int | None:
@@ -421,7 +445,7 @@ def _start_workers(
     progress: Callable[[str, float], None],
     count: int,
 ) -> ActorPool:
-    """Reserve the resources of the workers, which report meanwhile what they wait for, and start at most `count` workers."""
+    """Reserve the workers' resources, report what is missing meanwhile, and start at most `count` workers."""
     group = placement_group([workers.each] * min(workers.count, count))
     since, reserved = "", group.ready()
     while not ray.wait([reserved], timeout=_POLL_SECONDS)[0]:
@@ -480,8 +504,19 @@ def _comparable(text: str, match: Match) -> str | None:
     return final_number(text) if match == "number" else text.strip()
 
 
-def _score(question: Question, text: str, match: Match, was_trained: bool | None) -> Answer:
-    expected, found = _comparable(question.expected, match), _comparable(text, match)
+def _without_reasoning(text: str, prompt: str = "") -> str:
+    """Return an answer without its reasoning, which the end of the prompt may open; empty if the reasoning is unfinished."""
+    if prompt.rstrip().endswith("<think>"):
+        text = f"<think>{text}"
+    if text.lstrip().startswith("<think>") and "</think>" not in text:
+        return ""
+    return split_thought(text)[1]
+
+
+def score(question: Question, text: str, match: Match, was_trained: bool | None) -> Answer:
+    """Compare a generated answer with the expected one, both without their reasoning."""
+    expected = _comparable(_without_reasoning(question.expected), match)
+    found = _comparable(_without_reasoning(text, question.prompt), match)
     assert expected is not None
     return Answer(
         row=question.location,

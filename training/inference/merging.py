@@ -157,10 +157,10 @@ def _files_of_tensors(directory: Path) -> Iterator[tuple[str, Path]]:
         for name, file in json.loads(index.read_text("utf-8"))["weight_map"].items():
             yield name, directory / file
         return
-    for file in directory.glob("*.safetensors"):
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                yield name, file
+    file = directory / "model.safetensors"  # transformers loads no other one
+    with safe_open(file, "pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118
+            yield name, file
 
 
 def _untie(adapted: Any) -> bool:

@@ -394,17 +394,42 @@ def read_hub_facts(model_id: str) -> ModelFacts:
         info = huggingface_hub.model_info(model_id)
         names = [sibling.rfilename for sibling in info.siblings or []]
         check_no_adapter(model_id, names)
-        config = json.loads(Path(huggingface_hub.hf_hub_download(model_id, "config.json")).read_text("utf-8"))
+        config_file = Path(huggingface_hub.hf_hub_download(model_id, "config.json"))
+        config = _read_json(open_store(str(config_file.parent)), config_file.name)
         _check_named_weights(model_id, config)
-        if _INDEX in names:  # the Hub's function would read a stale model.safetensors beside it
+        if _INDEX in names:
             index = Path(huggingface_hub.hf_hub_download(model_id, _INDEX))
-            shards = sorted(_read_shards(open_store(str(index.parent)), model_id, names))
-            with ThreadPoolExecutor(_REQUESTS) as threads:
-                read = partial(huggingface_hub.parse_safetensors_file_metadata, model_id)
-                contents = dict(zip(shards, threads.map(read, shards), strict=True))
+            files = sorted(_read_shards(open_store(str(index.parent)), model_id, names))
+        elif _SINGLE in names:
+            files = [_SINGLE]
         else:
-            contents = huggingface_hub.get_safetensors_metadata(model_id).files_metadata
-    tensors = {
+            raise ModelError(
+                f"model {model_id}: has no safetensors weights on the Hub. Convert it with save_pretrained and use that copy."
+            )
+        tensors: dict[str, StoredTensor] = {}
+        with ThreadPoolExecutor(_REQUESTS) as threads:
+            for found in threads.map(partial(_read_hub_header, model_id), files):
+                tensors.update(found)
+    return _facts(model_id, config, tensors)
+
+
+def _read_hub_header(model_id: str, file: str) -> dict[str, StoredTensor]:
+    """Read the header of a weight file on the Hub with the Hub's client, and check it as that of a local file."""
+    import huggingface_hub
+    from huggingface_hub.errors import SafetensorsParsingError
+
+    try:
+        content = huggingface_hub.parse_safetensors_file_metadata(model_id, file)
+        described = {
+            name: {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": tensor.data_offsets}
+            for name, tensor in content.tensors.items()
+        }
+        _check_header({"__metadata__": content.metadata, **described})
+    except (SafetensorsParsingError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ModelError(
+            f"model {model_id}: {file}: the header cannot be parsed ({first_line(error)}). Upload it again."
+        ) from error
+    return {
         name: StoredTensor(
             file=file,
             dtype=tensor.dtype,
@@ -412,10 +437,8 @@ def read_hub_facts(model_id: str) -> ModelFacts:
             size=tensor.data_offsets[1] - tensor.data_offsets[0],
             start=None,
         )
-        for file, content in contents.items()
         for name, tensor in content.tensors.items()
     }
-    return _facts(model_id, config, tensors)
 
 
 def fetch_hub_model(model_id: str, wanted: Callable[[str], bool], revision: str | None = None) -> Path:
@@ -452,14 +475,10 @@ def hub_revision(model: str, directory: Path) -> str | None:
 @contextmanager
 def _hub_errors(model_id: str) -> Iterator[None]:
     import httpx
-    from huggingface_hub.errors import HFValidationError, NotASafetensorsRepoError
+    from huggingface_hub.errors import HFValidationError
 
     try:
         yield
-    except NotASafetensorsRepoError as error:
-        raise ModelError(
-            f"model {model_id}: has no safetensors weights on the Hub. Convert it with save_pretrained and use that copy."
-        ) from error
     except (httpx.HTTPError, HFValidationError, OSError) as error:
         raise ModelError(
             f"model {model_id}: cannot be read from the Hugging Face Hub ({first_line(error)}). If it is gated, accept its "
@@ -583,7 +602,7 @@ def _mapping(value: Any) -> dict[str, Any]:
 def count_lora_parameters(facts: ModelFacts, lora: LoraConfig) -> int:
     """Count LoRA's trainable parameters: `r * (inputs + outputs)` per matched matrix, plus `modules_to_save`.
 
-    Biases, experts and trainable tokens are not included; `adapter_shapes` covers them.
+    Biases, experts and trainable tokens are not included; `new_adapter` (training/models/adapter.py) counts them.
     """
     total = 0
     for module in targeted_modules(facts, lora):
@@ -658,10 +677,11 @@ def _rank(lora: LoraConfig, module: str) -> int:
 
 
 def check_weight_files(directory: Path) -> None:
-    """Check the sizes and headers of a model's local weight files, since a run may start again after a file has changed."""
+    """Check the local weight files that a model is loaded from, since a run may start again after a file has changed."""
     store = open_store(str(directory))
-    for path in sorted(directory.glob("*.safetensors")):
-        _read_header(store, path.name, path.stat().st_size)
+    found = [path.name for path in directory.glob("*.safetensors")]
+    for name in _loaded_weights(store, str(directory), _read_json(store, "config.json"), found):
+        _read_header(store, name, (directory / name).stat().st_size)
 
 
 def _read_header(store: Store, name: str, size: int) -> dict[str, StoredTensor]:

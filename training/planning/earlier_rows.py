@@ -1,22 +1,36 @@
-"""The rows of the run that a plan resumes: a chat template that prints the date must print the same day again."""
+"""The date that a chat template prints: that of the run that a plan resumes, and none in rows without chats."""
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from configs.schema import FinetuneConfig
 from runs.layout import DATA_REPORT_FILE, run_of
 from runs.reading import latest
+from training.data.chunks import ChunkTokenizer
+from training.data.prepared import find_prepared
+from training.data.request import DataRequest
+from training.data.sources import DataFile, open_file
+from training.planning.model import Storage
 from training.planning.resume import resolve
-from utils.storage.bucket import join_uri, open_store
+from utils.storage.bucket import is_remote, join_uri, open_store
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_FIRST_ROWS = 100
+"""Lines or batches of a source that decide whether it has chats."""
 
 
 @dataclass(frozen=True)
 class EarlierRows:
-    """The training rows of an earlier run, as its data report describes them."""
+    """The rows of an earlier run, as its data report describes them."""
 
     day: str
-    """Date that the chat template prints in them (ISO 8601)."""
+    """Date that the chat template prints in those that are chats (ISO 8601)."""
     train: str
     """Fingerprint of the training rows."""
     valid: list[str]
@@ -67,9 +81,45 @@ def read_rows(run_uri: str) -> EarlierRows | None:
     if report is None:
         return None
     sets = json.loads(report)
-    if not sets["train"].get("date"):
-        return None
+    train = sets["train"]
     valid = [*([sets["valid"]] if sets["valid"] else []), *sets.get("more_valid", {}).values()]
-    return EarlierRows(
-        sets["train"]["date"], sets["train"]["fingerprint"], [each["fingerprint"] for each in valid]
+    day = next((each["date"] for each in (train, *valid) if each.get("date")), None)
+    return EarlierRows(day, train["fingerprint"], [each["fingerprint"] for each in valid]) if day else None
+
+
+def with_day(
+    request: DataRequest,
+    day: str | None,
+    tokenizer: "PreTrainedTokenizerFast",
+    tokenizer_dir: Path,
+    storage: Storage,
+) -> DataRequest:
+    """Return a request with the date that the chat template prints in its rows; rows without chats have none, so any day reuses them.
+
+    Args:
+        request: The request, without a date.
+        day: Date that the chat template prints (ISO 8601); None: it prints none.
+        tokenizer: The model's tokenizer with the chat template.
+        tokenizer_dir: Directory of the tokenizer files.
+        storage: Where prepared rows are stored.
+    """
+    if day is None:
+        return request
+    dated = replace(request, date=day)
+    undated_rows, dated_rows = (
+        find_prepared(each.key(tokenizer_dir), storage.cache, storage.prepared) for each in (request, dated)
     )
+    if dated_rows or undated_rows:
+        return request if undated_rows and undated_rows.summary.date is None else dated
+    chunks = ChunkTokenizer(request, tokenizer)
+    firsts = {file.source: file for file in reversed(request.files)}  # the first file of each source
+    has_chats = any(_may_have_chats(file, chunks, storage.cache) for file in firsts.values())
+    return dated if has_chats else request
+
+
+def _may_have_chats(file: DataFile, chunks: ChunkTokenizer, cache: Path) -> bool:
+    """Return whether the rows of a source are chats, by the first row in its first file that has a known format."""
+    opened = open_file(file, None if is_remote(file.uri) and file.is_stream else cache)
+    schemas = (chunks.find_schema([stored]) for stored in islice(opened.stored, _FIRST_ROWS))
+    schema = next(filter(None, schemas), None)
+    return schema is None or schema.data_format not in ("text", "tokens")

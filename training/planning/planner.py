@@ -19,7 +19,7 @@ from training.data.prepared import PreparedData, find_prepared
 from training.data.report import DataReport, make_report
 from training.data.request import DataRequest
 from training.data.shards import ShardMap
-from training.data.sources import find_files
+from training.data.sources import DataFile, find_files
 from training.data.summary import DataSummary
 from training.models.adapter import describe_mixture
 from training.models.attention import check_windows
@@ -43,7 +43,7 @@ from training.planning.devices import (
     describe_parallelism,
     runs_here,
 )
-from training.planning.earlier_rows import find_earlier_rows
+from training.planning.earlier_rows import find_earlier_rows, with_day
 from training.planning.endpoints import ClusterTarget
 from training.planning.flops import RowFlops, row_flops
 from training.planning.memory import Job, MemoryReport, estimate_checkpoint, report_memory
@@ -79,6 +79,17 @@ class Progress(Protocol):
 
 def _ignore_progress(what: str, fraction: float | None = None, figures: str = "") -> None:
     pass
+
+
+@dataclass(frozen=True)
+class Requests:
+    """The requests for all rows of a run, whose files are listed once. They have no date yet."""
+
+    train: DataRequest
+    valid: dict[str, DataRequest]
+    """By the name of the validation set."""
+    today: str | None
+    """Today's date (ISO 8601) if the chat template may render rows and prints a date."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +168,8 @@ def make_plan(
     settings, storage, model, adapter = _check_run(loaded, target, progress)
     if _nodes_read_and_write(loaded.config, storage):
         storage = replace(storage, on_cluster=on_cluster)
-    return _plan(loaded, progress, settings, storage, model, adapter)
+    requests = _request_rows(loaded, model, progress)
+    return _plan(loaded, progress, settings, storage, model, adapter, requests)
 
 
 def _nodes_read_and_write(config: FinetuneConfig, storage: Storage) -> bool:
@@ -172,9 +184,10 @@ def _plan(
     storage: Storage,
     model: Model,
     adapter: Adapter,
+    requests: Requests,
 ) -> tuple[RunPlan, PlanReport, list[PreparedData]]:
     """Prepare the rows and decide what depends on them."""
-    data = _prepare_rows(loaded, storage, model, progress)
+    data = _prepare_rows(loaded, storage, model, progress, requests)
     batch = _plan_batches(loaded.config, settings, storage, model, adapter, data)
     checkpoints = _find_checkpoints(settings, batch, storage, data, progress)
     is_here = runs_here(batch.config, settings.device, settings.target)
@@ -237,10 +250,11 @@ def plan_submission(
         progress: Called with each check.
     """
     settings, storage, model, adapter = _check_run(loaded, target, progress)
-    if rows := _sample_rows(loaded, storage, model, progress):
+    requests = _request_rows(loaded, model, progress)
+    if rows := _sample_rows(loaded, storage, model, progress, requests):
         run_name = loaded.config.run_name
         return CheckedSample(rows, join_uri(storage.uri, run_name) if run_name else None)
-    return _plan(loaded, progress, settings, storage, model, adapter)[1]
+    return _plan(loaded, progress, settings, storage, model, adapter, requests)[1]
 
 
 def _check_run(
@@ -279,7 +293,22 @@ def _check_storage(config: FinetuneConfig, progress: Progress) -> Storage:
     return storage
 
 
-def _prepare_rows(loaded: LoadedConfig, storage: Storage, model: Model, progress: Progress) -> Data:
+def _request_rows(loaded: LoadedConfig, model: Model, progress: Progress) -> Requests:
+    """List the files of all rows, after checking that rows can be rendered."""
+    config = loaded.config
+    progress(f"rows of {_key_of('train', config)}")
+    train = _request("train", loaded, model)
+    valid: dict[str, DataRequest] = {}
+    for name in config.valid_sets:
+        files = train.files if config.valid_split is not None else None
+        valid[name] = _request("valid", loaded, model, name, files)
+    is_rendered = not config.prompt_template and config.data_format not in ("text", "tokens")
+    return Requests(train, valid, ChatTemplate(model.tokenizer).date if is_rendered else None)
+
+
+def _prepare_rows(
+    loaded: LoadedConfig, storage: Storage, model: Model, progress: Progress, requests: Requests
+) -> Data:
     """Tokenize the rows, and derive the run name from them unless the YAML has one."""
     config = loaded.config
     written = loaded.as_written(config)
@@ -289,10 +318,10 @@ def _prepare_rows(loaded: LoadedConfig, storage: Storage, model: Model, progress
         digest = checksum_bytes(f"{outcome_hash} {prints.train} {prints.valid or ''}".encode())
         return config.run_name or f"{loaded.path.stem}-{digest[-8:]}"
 
-    train = _prepare_train_rows(loaded, storage, model, progress, name_of)
+    train, day = _prepare_train_rows(loaded, storage, model, progress, requests, name_of)
     sets = {
-        name: _prepare("valid", loaded, storage, model, progress, name=name, day=train.summary.date)
-        for name in config.valid_sets
+        name: _prepare(_key_of("valid", config, name), request, day, loaded, storage, model, progress)
+        for name, request in requests.valid.items()
     }
     valid_prints = {name: rows.summary.fingerprint for name, rows in sets.items()}
     fingerprints = DataFingerprints(train=train.summary.fingerprint, valid=_fingerprint_of(valid_prints))
@@ -313,19 +342,22 @@ def _prepare_rows(loaded: LoadedConfig, storage: Storage, model: Model, progress
     )
 
 
-def _sample_rows(loaded: LoadedConfig, storage: Storage, model: Model, progress: Progress) -> int:
+def _sample_rows(
+    loaded: LoadedConfig, storage: Storage, model: Model, progress: Progress, requests: Requests
+) -> int:
     """Check the first rows of each source that is not prepared yet; return their number, or 0 if no source has more."""
-    config = loaded.config
-    sets: list[tuple[Part, str]] = [("train", "")]
+    config, today = loaded.config, requests.today
+    sets = {_key_of("train", config): requests.train}
     if config.valid_split is None:
-        sets.extend(("valid", name) for name in config.valid_sets)
+        sets |= {_key_of("valid", config, name): request for name, request in requests.valid.items()}
     rows, has_more = 0, False
-    for part, name in sets:
-        request = _request(part, loaded, model, name)
-        if find_prepared(request.key(model.tokenizer_directory), storage.cache, storage.prepared):
+    for key, request in sets.items():
+        dated = with_day(request, today, model.tokenizer, model.tokenizer_directory, storage)
+        if find_prepared(dated.key(model.tokenizer_directory), storage.cache, storage.prepared):
             continue
         limit = min(request.max_rows or _SAMPLE_ROWS, _SAMPLE_ROWS)
-        summary = _prepare(part, loaded, storage, model, progress, name=name, max_rows=limit).summary
+        sample = replace(request, max_rows=limit)
+        summary = _prepare(key, sample, today, loaded, storage, model, progress).summary
         rows += sum(source.rows for source in summary.sources)
         if limit == _SAMPLE_ROWS != request.max_rows:
             has_more |= any(source.rows + summary.dropped_rows >= limit for source in summary.sources)
@@ -345,8 +377,9 @@ def _prepare_train_rows(
     storage: Storage,
     model: Model,
     progress: Progress,
+    requests: Requests,
     name_of: Callable[[DataFingerprints], str],
-) -> PreparedData:
+) -> tuple[PreparedData, str | None]:
     """Tokenize the training rows. A chat template that prints the date prints that of the run to resume, if there is one.
 
     Args:
@@ -354,10 +387,15 @@ def _prepare_train_rows(
         storage: Where the run writes.
         model: The model with its tokenizer.
         progress: Called with each check.
+        requests: The requests for all rows.
         name_of: Returns the name of a run with these rows.
+
+    Returns:
+        The rows, and the date for the validation rows.
     """
-    if _request("train", loaded, model).date:
-        config = loaded.config
+    config = loaded.config
+    key = _key_of("train", config)
+    if requests.today:
         earlier = find_earlier_rows(
             config,
             storage.uri,
@@ -370,68 +408,77 @@ def _prepare_train_rows(
             ),
         )
         if earlier:
-            train = _prepare("train", loaded, storage, model, progress, day=earlier.day)
+            train = _prepare(key, requests.train, earlier.day, loaded, storage, model, progress)
             if train.summary.fingerprint == earlier.train:
-                return train  # otherwise the rows have changed since, and a new run prints today's date
-    return _prepare("train", loaded, storage, model, progress)
+                return train, earlier.day
+            # the rows have changed since, and a new run prints today's date
+    return _prepare(key, requests.train, requests.today, loaded, storage, model, progress), requests.today
 
 
 def _request(
-    part: Part, loaded: LoadedConfig, model: Model, name: str = "", day: str | None = None
+    part: Part,
+    loaded: LoadedConfig,
+    model: Model,
+    name: str = "",
+    files: tuple[DataFile, ...] | None = None,
 ) -> DataRequest:
     """Return the request for the rows of a part or of one validation set, after checking that they can be rendered.
 
-    Its date is the day, or today's date, if the chat template renders the rows and prints a date.
+    Args:
+        part: The training rows or validation rows.
+        loaded: The YAML.
+        model: The model with its tokenizer.
+        name: Name of the validation set, if it has one.
+        files: The files of the sources; None: they are listed.
     """
     config = loaded.config
     with about_key(_key_of(part, config, name)):
         sources = _sources(part, config, name)
-        request = data_request(config, part, sources, model.facts, model.chat_template)
+        files = files if files is not None else _files_of(sources)
+        request = data_request(config, part, sources, files, model.facts, model.chat_template)
     check_template(request, model.tokenizer, model.tokenizer_source)
     written = _sources(part, loaded.as_written(config), name)
-    is_rendered = not request.prompt_template and request.data_format not in ("text", "tokens")
-    today = ChatTemplate(model.tokenizer).date if is_rendered else None
-    return replace(request, paths=tuple(source.path for source in written), date=today and (day or today))
+    return replace(request, paths=tuple(source.path for source in written))
+
+
+def _files_of(sources: Sequence[DataSource]) -> tuple[DataFile, ...]:
+    """Return the files of sources. Those in buckets are listed, local ones are read for their checksums."""
+    return tuple(file for number, source in enumerate(sources) for file in find_files(source.path, number))
 
 
 def _sources(part: Part, config: FinetuneConfig, name: str) -> Sequence[DataSource]:
     return config.train_sources if part == "train" else config.valid_sets[name]
 
 
-def _key_of(part: Part, config: FinetuneConfig, name: str) -> str:
+def _key_of(part: Part, config: FinetuneConfig, name: str = "") -> str:
     """Return the YAML key that names the rows of a part."""
     key = "valid_path" if part == "valid" and config.valid_split is None else "train_path"
     return f"{key}.{name}" if name else key
 
 
 def _prepare(
-    part: Part,
+    key: str,
+    request: DataRequest,
+    day: str | None,
     loaded: LoadedConfig,
     storage: Storage,
     model: Model,
     progress: Progress,
-    *,
-    name: str = "",
-    day: str | None = None,
-    max_rows: int | None = None,
 ) -> PreparedData:
     """Tokenize the rows of a key.
 
     Args:
-        part: The training rows or validation rows.
+        key: Key of the YAML that names the rows.
+        request: The request for them.
+        day: Date that the chat template prints; None: it prints none.
         loaded: The YAML.
         storage: Where the run writes.
         model: The model with its tokenizer.
         progress: Called with each check.
-        name: Name of the validation set, if it has one.
-        day: Date that the chat template prints; None: today's.
-        max_rows: Rows to take from each source; None: as the YAML says.
     """
-    key = _key_of(part, loaded.config, name)
     progress(f"rows of {key}")
-    request = _request(part, loaded, model, name, day)
     prepared = prepare_data(
-        replace(request, max_rows=max_rows or request.max_rows),
+        with_day(request, day, model.tokenizer, model.tokenizer_directory, storage),
         model.tokenizer,
         model.tokenizer_directory,
         storage.cache,
@@ -448,16 +495,15 @@ def data_request(
     config: FinetuneConfig,
     part: Part,
     sources: Sequence[DataSource],
+    files: tuple[DataFile, ...],
     facts: ModelFacts,
     chat_template: str | None,
 ) -> DataRequest:
-    """Return the sources with all settings that determine their tokens; files are listed but not downloaded."""
+    """Return the sources and their files with all settings that determine their tokens."""
     split = config.valid_split or 0.0
     return DataRequest(
         paths=tuple(source.path for source in sources),
-        files=tuple(
-            file for number, source in enumerate(sources) for file in find_files(source.path, number)
-        ),
+        files=files,
         weights=tuple(source.weight for source in sources if source.weight is not None) or None,
         task=config.task,
         data_format=config.data_format,

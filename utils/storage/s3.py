@@ -61,6 +61,7 @@ class RetryPolicy:
 
 WORK = RetryPolicy(silence=30, failing=120)  # a run survives storage that is down for a minute
 CHECK = RetryPolicy(silence=5, failing=2)  # a check answers within about 10 seconds
+REQUEST = RetryPolicy(silence=10, failing=5)  # a request to a service is answered within about 20 seconds
 
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.1, 5.0
 BLOCK_BYTES = 256 * 1024  # read size for response bodies; larger blocks leave the CPU cache and are slower

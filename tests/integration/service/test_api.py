@@ -94,6 +94,26 @@ def test_slow_uploads_do_not_delay_other_uploads(apis: list[Api]):
         assert time.monotonic() - began < 20
 
 
+@pytest.mark.timeout(60)
+def test_uploads_at_a_time_are_limited(apis: list[Api], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("service.files._MAX_UPLOADS", 2)
+    with ExitStack() as stack:
+        while (answer := upload_once(apis[0])).status_code == 200:
+            stack.enter_context(begin_upload(apis[0], b"x"))
+            time.sleep(0.2)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+        assert answer.headers["retry-after"] == "5"
+        apis[0].get("/v1/files")
+    while (answer := upload_once(apis[0])).status_code == 429:
+        time.sleep(0.1)
+    assert answer.status_code == 200
+
+
+def upload_once(api: Api) -> Any:
+    data = {"purpose": "fine-tune"}
+    return api.request("POST", "/v1/files", data=data, files={"file": ("a.jsonl", rows())})
+
+
 def test_silent_upload_is_ended_and_leaves_nothing(
     apis: list[Api], store: S3Store, monkeypatch: pytest.MonkeyPatch
 ):

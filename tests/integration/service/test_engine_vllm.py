@@ -163,6 +163,25 @@ def test_stop_texts_logprobs_and_choices_are_read_from_tokens(engine: VllmEngine
     assert texts[0][0] != texts[0][1]
 
 
+def test_greedy_choices_are_the_same(engine: VllmEngine, model: Path):
+    """vLLM itself rejects `n` above 1 with temperature 0."""
+    expected = Reference(model).answer(QUESTIONS[0])
+    assert run(answer(engine, chat_request(None, QUESTIONS[0], n=3))) == [expected] * 3
+
+
+def test_request_that_vllm_rejects_is_400(engine: VllmEngine):
+    async def ask(**sampling: Any) -> list[Any]:
+        return [event async for event in engine.chat(chat_request(None, "Hi", **sampling))]
+
+    (failed,) = run(ask(temperature=1.0, top_p=2.0))
+    assert (failed.status, failed.type) == (400, "invalid_request_error")
+    assert "top_p" in failed.message
+    # vLLM finds this mistake only after it has begun its stream.
+    _, failed = run(ask(top_logprobs=1000))
+    assert (failed.status, failed.type) == (400, "invalid_request_error")
+    assert "1000" in failed.message
+
+
 def test_key_of_the_server_is_not_in_its_arguments(engine: VllmEngine):
     key = engine._client.headers["authorization"].removeprefix("Bearer ")
     shown = subprocess.run(

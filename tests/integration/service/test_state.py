@@ -1,6 +1,7 @@
 """State in the bucket after kills, lost answers and requests at the same moment, against a real bucket."""
 
 import asyncio
+import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,18 +10,23 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 
 from runs.layout import RunResult
 from service import files, scheduler
 from service.api import create_app
 from service.config import LoadedService, load_service
+from service.drivers import Checked, DriverState, JobDriver, Needs
 from service.jobs import with_mark
-from service.layout import active_key, content_key, files_of, jobs_of, model_key, run_store
+from service.layout import active_key, content_key, files_of, jobs_of, metrics_key, model_key, run_store
 from service.records import Record
 from service.scheduler import Scheduler
+from tests.support.bucket_proxy import Fault, bucket_proxy
+from tests.support.own_buckets import set_up_own_bucket
 from tests.support.served import free_port
 from tests.support.service import Api, rows, running_api, write_service
 from utils.storage.bucket import BucketError
+from utils.storage.embedded_bucket import EmbeddedBucket
 from utils.storage.s3 import S3Store
 
 RETRY = {"x-stainless-retry-count": "1"}
@@ -126,6 +132,42 @@ def test_list_has_both_records_that_got_the_same_place(store: S3Store):
         assert sorted(found) == sorted([reserved, *ids])
 
 
+def test_list_that_selects_records_reads_pages_at_the_same_time(
+    store: S3Store, monkeypatch: pytest.MonkeyPatch
+):
+    records, read = files_of(store, "red"), store.read_if_exists
+    ids = []
+    for number in range(50):
+        ids.append(f"file-{number:07x}{1:04x}{number:013x}")
+        records._write(number, [{"id": ids[-1]}], None)
+    active, most, reads = 0, 0, 0
+
+    def slow_read(key: str) -> bytes | None:
+        nonlocal active, most, reads
+        active, reads = active + 1, reads + 1
+        most = max(most, active)
+        time.sleep(0.02)
+        active -= 1
+        return read(key)
+
+    monkeypatch.setattr(store, "read_if_exists", slow_read)
+    wanted = {ids[5], ids[45]}
+    for ascending in (True, False):
+        ordered = ids if ascending else ids[::-1]
+        found = records.slice(after=None, limit=100, ascending=ascending)
+        assert found
+        assert ([record["id"] for record in found.records], found.has_more) == (ordered, False)
+        found = records.slice(
+            after=ordered[9], limit=1, ascending=ascending, wanted=lambda record: record["id"] in wanted
+        )
+        assert found
+        assert [record["id"] for record in found.records] == [ordered[45 if ascending else 44]]
+    assert 4 <= most <= 16
+    reads, most = 0, 0
+    assert records.slice(after=None, limit=2)
+    assert (reads, most) == (3, 1)
+
+
 def test_paused_job_keeps_its_files_and_is_counted(red: Api, store: S3Store, scheduling: Scheduler):
     file = red.upload(rows())["id"]
     job_id = red.create_job(file)["id"]
@@ -169,7 +211,8 @@ def test_repeated_deletion_is_answered_as_the_first(red: Api, store: S3Store, sc
         first = red.delete(path)
         assert red.request("DELETE", path, headers=RETRY).json() == first
         red.delete(path, 404)
-    for path in ("/v1/files/file-none", "/v1/models/ft:tiny:red::00"):
+    never = [f"/v1/files/{file[:-4]}0000", f"/v1/models/{job['fine_tuned_model'][:-4]}0000"]
+    for path in ("/v1/files/file-none", "/v1/models/ft:tiny:red::00", *never):
         assert red.request("DELETE", path, headers=RETRY).status_code == 404
 
 
@@ -184,6 +227,17 @@ def test_contents_without_a_record_are_deleted_once_they_are_old(
     monkeypatch.setattr(files, "_ORPHAN_SECONDS", -10.0)
     files.delete_orphans(store)
     assert [item.size for item in store.list("content/")] == [file["bytes"]]
+
+
+def test_marker_of_a_deleted_file_is_deleted_once_it_is_old(
+    red: Api, store: S3Store, monkeypatch: pytest.MonkeyPatch
+):
+    red.delete(f"/v1/files/{red.upload(rows())['id']}")
+    files.delete_orphans(store)
+    assert len(store.list("deleted/")) == 1
+    monkeypatch.setattr(files, "_ORPHAN_SECONDS", -10.0)
+    files.delete_orphans(store)
+    assert store.list("deleted/") == []
 
 
 def test_marks_of_a_long_job_have_a_limit_and_keep_their_order():
@@ -250,6 +304,26 @@ def test_bucket_that_does_not_answer_is_503(tmp_path: Path, monkeypatch: pytest.
     assert time.monotonic() - began < 30
 
 
+@pytest.mark.slow
+def test_requests_that_wait_for_the_bucket_do_not_delay_keys_and_health(
+    tmp_path: Path, bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch
+):
+    uri = set_up_own_bucket(monkeypatch, bucket, "stalls")
+    with bucket_proxy(bucket.endpoint) as proxy, ThreadPoolExecutor(60) as pool:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+        with running_api(load_service(write_service(tmp_path, f"{uri}/{tmp_path.name}"))) as (red,):
+            path = f"/v1/files/{red.upload(rows())['id']}"
+            proxy.faults.append(Fault("stall", key="/files/999999999.json", at=0))
+            began = time.monotonic()
+            waiting = [pool.submit(red.request, "GET", path) for _ in range(60)]
+            time.sleep(2)
+            assert red.request("GET", "/healthz").status_code == 200
+            assert Api(red.url, "sk-unknown").request("GET", path).status_code == 401
+            assert time.monotonic() - began < 8
+            assert {each.result().status_code for each in waiting} == {503}
+            assert time.monotonic() - began < 55
+
+
 def test_damaged_record_of_a_key_has_an_error_object(red: Api, store: S3Store):
     (key,) = store.list("keys/")
     store.write(key.key, b"{")
@@ -296,6 +370,71 @@ def test_unexpected_error_in_one_job_ends_only_that_job(
     assert job_of(store, broken)["status"] == "failed"
     assert "KeyError" in job_of(store, broken)["error"]["message"]
     assert job_of(store, other)["status"] == "validating_files"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"output_dir": "/dev/null/scratch"}, "output_dir"),
+        ({"key_of_another_version": 1}, "key_of_another_version"),
+    ],
+)
+def test_job_whose_driver_cannot_be_constructed_fails_with_the_reason(
+    red: Api,
+    store: S3Store,
+    scheduling: Scheduler,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    reason: str,
+):
+    job_id = red.create_job(red.upload(rows())["id"])["id"]
+    config = yaml.safe_load(scheduling._config_of("red", set_status(store, job_id, "running"))) | changes
+    killed: list[Any] = []
+    monkeypatch.setattr(scheduler.ray, "kill", killed.append)
+    monkeypatch.setattr(scheduler, "driver_state", lambda driver, timeout: driver.state())
+    for _ in range(scheduler._MAX_ATTEMPTS):
+        driver = JobDriver(yaml.safe_dump(config), job_id, "")
+        scheduling._act("red", job_of(store, job_id), driver, None)  # pyright: ignore[reportArgumentType]
+    job = job_of(store, job_id)
+    assert (job["status"], job["error"]["code"]) == ("failed", "server_error")
+    assert reason in job["error"]["message"]
+    assert len(killed) == scheduler._MAX_ATTEMPTS
+
+
+def test_only_failures_without_progress_fail_a_job(
+    red: Api, store: S3Store, scheduling: Scheduler, monkeypatch: pytest.MonkeyPatch
+):
+    job_id = red.create_job(red.upload(rows())["id"])["id"]
+    set_status(store, job_id, "running")
+    exited = DriverState(1, False, "error: the disk is full")
+    monkeypatch.setattr(scheduler.ray, "kill", lambda driver: None)
+    monkeypatch.setattr(scheduler, "driver_state", lambda driver, timeout: exited)
+
+    def fail(times: int) -> str:
+        for _ in range(times):
+            scheduling._act("red", job_of(store, job_id), "driver", None)  # pyright: ignore[reportArgumentType]
+        return job_of(store, job_id)["status"]
+
+    for step in (1, 2, 3):
+        line = {"step": step, "epoch": 0.1, "loss": 1.0}
+        store.write(metrics_key("red", job_id), json.dumps(line).encode() + b"\n")
+        assert fail(scheduler._MAX_ATTEMPTS - 1) == "running"
+    assert fail(1) == "failed"
+
+
+def test_failed_checks_of_a_job_are_not_counted_after_validation(
+    red: Api, store: S3Store, scheduling: Scheduler, monkeypatch: pytest.MonkeyPatch
+):
+    job_id = red.create_job(red.upload(rows())["id"])["id"]
+    for _ in range(scheduler._MAX_ATTEMPTS - 1):
+        scheduling._failed_attempt("red", job_of(store, job_id), "a node was lost")
+    monkeypatch.setattr(scheduler.ray, "wait", lambda references, timeout: (references, []))
+    monkeypatch.setattr(scheduler.ray, "get", lambda reference: Checked(Needs({"CPU": 1.0}, 1), 10, "", None))
+    scheduling._memory.checks[job_id] = "check"
+    scheduling._act("red", job_of(store, job_id), None, None)  # pyright: ignore[reportArgumentType]
+    assert job_of(store, job_id)["status"] == "queued"
+    scheduling._failed_attempt("red", job_of(store, job_id), "a node was lost")
+    assert job_of(store, job_id)["status"] == "queued"
 
 
 @pytest.mark.timeout(60)

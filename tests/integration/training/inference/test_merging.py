@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.support.adapter_uses import table
@@ -107,6 +108,19 @@ def test_bf16_export_takes_the_embedding_that_the_adapter_stores(
     rounded = merged(models[name], tmp_path / "adapter", "bf16", tmp_path / "bf16").state_dict()
     for weight, value in exact.items():
         assert torch.equal(rounded[weight], value.to(torch.bfloat16)), weight
+
+
+def test_merge_reads_only_the_weight_file_that_transformers_loads(models: dict[str, Path], tmp_path: Path):
+    """A stray file may be a Git LFS pointer, or have other weights under the same names."""
+    large_adapter(models["llama"]).save_pretrained(tmp_path / "adapter")
+    expected = merged(models["llama"], tmp_path / "adapter", "fp32", tmp_path / "plain").state_dict()
+    model = Path(shutil.copytree(models["llama"], tmp_path / "model"))
+    (model / "consolidated.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    other = {name: value + 1 for name, value in load_file(model / "model.safetensors").items()}
+    for stray in ("a.safetensors", "z.safetensors"):
+        save_file(other, model / stray)
+    found = merged(model, tmp_path / "adapter", "fp32", tmp_path / "merged").state_dict()
+    assert all(torch.equal(value, expected[weight]) for weight, value in found.items())
 
 
 def test_merge_holds_one_copy_of_the_model_and_one_module_in_fp32(tmp_path: Path):

@@ -1,6 +1,7 @@
 """Spellings of other tools are read as chats, and nothing that a row says is dropped without an error or a note."""
 
 import json
+import time
 from typing import Any
 
 import pyarrow as pa
@@ -1167,3 +1168,106 @@ def test_thinking_part_with_two_texts_is_rejected():
     part = {"type": "thinking", "thinking": "A", "text": "B"}
     with pytest.raises(RowError, match=r"thinking part.*`text`"):
         read({"messages": [USER, {**ANSWER, "content": [part, {"type": "text", "text": "yes"}]}]})
+
+
+LOOKING = {"role": "assistant", "content": "Let me look."}
+CALLS_ALONE = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+
+
+@pytest.mark.parametrize("text_weight", [None, 0, 1])
+@pytest.mark.parametrize("call_weight", [None, 0, 1])
+def test_a_call_merged_into_a_text_needs_the_weight_of_the_text(
+    text_weight: int | None, call_weight: int | None
+):
+    looking, calls = {**LOOKING, "weight": text_weight}, {**CALLS_ALONE, "weight": call_weight}
+    row = {"messages": [USER, looking, calls, RESULT, ANSWER]}
+    if (text_weight == 0) != (call_weight == 0):
+        with pytest.raises(RowError) as caught:
+            read(row)
+        assert_names(str(caught.value), "messages 2 and 3", "in the loss", "Give both the same weight")
+        return
+    chat = read(row)
+    assert chat.messages == [USER, {**LOOKING, "tool_calls": [CALL]}, RESULT, ANSWER]
+    assert chat.untrained == ((1,) if text_weight == 0 else ())
+    assert chat.notes == ("consecutive assistant messages are merged",)
+
+
+@pytest.mark.parametrize(
+    ("mask", "untrained"),
+    [([1, 1, 1], ()), ([0, 0, 1], (1,)), ([0, 1, 1], None), ([1, 0, 1], None), ([0, 0, 0, 0, 1], (1,))],
+)
+def test_a_loss_mask_gives_merged_texts_and_calls_one_weight(
+    mask: list[int], untrained: tuple[int, ...] | None
+):
+    row = {"messages": [USER, LOOKING, CALLS_ALONE, RESULT, ANSWER], "loss_mask": mask}
+    if untrained is None:
+        with pytest.raises(RowError, match="Give both the same weight"):
+            read(row)
+    else:
+        assert read(row).untrained == untrained
+
+
+def test_consecutive_calls_of_different_weights_are_rejected():
+    with pytest.raises(RowError, match="Give both the same weight"):
+        read({"messages": [USER, CALLS_ALONE, {**CALLS_ALONE, "weight": 0}, RESULT, ANSWER]})
+
+
+@pytest.mark.parametrize("kind", ["thinking", "reasoning"])
+@pytest.mark.parametrize("empty", ["", " \n", []])
+def test_an_empty_thinking_part_is_no_reasoning(kind: str, empty: Any):
+    parts = [{"type": kind, kind: empty, "signature": "Eq8"}, {"type": "text", "text": "21 degrees"}]
+    chat = read({"messages": [USER, {"role": "assistant", "content": parts}]})
+    assert chat.messages == [USER, ANSWER]
+    assert chat.notes == (f"`signature` of {kind} parts is not used",)
+
+
+def test_a_thinking_part_without_a_text_is_rejected():
+    parts = [{"type": "thinking", "thinking": None}, {"type": "text", "text": "21 degrees"}]
+    with pytest.raises(RowError, match="thinking part"):
+        read({"messages": [USER, {"role": "assistant", "content": parts}]})
+
+
+def test_blank_text_parts_are_kept_but_make_no_message():
+    parts = [{"type": "text", "text": text} for text in ("21", "\n", " ", "degrees")]
+    chat = read({"messages": [USER, {"role": "assistant", "content": parts}]})
+    assert chat.messages[1]["content"] == "21\n degrees"
+    with pytest.raises(RowError, match=r"message 2 \(assistant\) is empty"):
+        read({"messages": [USER, {"role": "assistant", "content": parts[1:3]}]})
+
+
+COUNT = 50_000
+THOUGHTS = [
+    {"role": "assistant", "content": f"{number:050}", "channel": "analysis"} for number in range(COUNT)
+]
+
+
+@pytest.mark.parametrize(
+    ("messages", "merged"),
+    [
+        (
+            [*[{**USER, "content": "abc" * 20}] * COUNT, ANSWER],
+            {**USER, "content": "\n\n".join(["abc" * 20] * COUNT)},
+        ),
+        ([USER, *[CALLING] * COUNT, RESULT, ANSWER], {**CALLING, "tool_calls": [CALL] * COUNT}),
+        (
+            [USER, *THOUGHTS, ANSWER],
+            {**ANSWER, "reasoning_content": "\n\n".join(m["content"] for m in THOUGHTS)},
+        ),
+    ],
+    ids=["texts", "calls", "reasoning"],
+)
+def test_many_messages_of_one_role_are_merged_in_linear_time(
+    messages: list[dict[str, Any]], merged: dict[str, Any]
+):
+    begin = time.process_time()
+    chat = read({"messages": messages})
+    assert time.process_time() - begin < 3
+    assert merged in chat.messages
+
+
+def test_many_untrained_messages_before_the_question_are_read_in_linear_time():
+    greeting = [{**CALLING, "weight": 0}, RESULT] * 25_000
+    begin = time.process_time()
+    chat = read({"messages": [*greeting, USER, ANSWER]})
+    assert time.process_time() - begin < 3
+    assert len(chat.untrained) == 25_000

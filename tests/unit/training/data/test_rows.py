@@ -366,6 +366,33 @@ def test_labels_must_be_listed_in_the_yaml():
         read({"text": "I like it", "label": "fine"}, "classification", labels=labels)
 
 
+LABEL = {"role": "assistant", "content": "good"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [USER, LABEL | {"weight": 0}]},
+        {"messages": [USER, ASSISTANT, USER, LABEL | {"train": False}]},
+        {"conversations": [USER, LABEL], "loss_mask": [0]},
+        {"prompt": "2 + 2?", "completion": [LABEL | {"mask": True}]},
+    ],
+)
+def test_a_label_that_is_excluded_from_the_loss_is_rejected(row: dict[str, Any]):
+    with pytest.raises(RowError) as caught:
+        read(row, "classification", labels=("good",))
+    assert_names(
+        str(caught.value), "label", "excluded from the loss", "Remove the row, or the weight or mask"
+    )
+
+
+def test_earlier_answers_than_the_label_may_be_excluded_from_the_loss():
+    row = {"messages": [USER, ASSISTANT | {"weight": 0}, USER, LABEL]}
+    chat = read(row, "classification", labels=("good",))
+    assert isinstance(chat, Chat)
+    assert (chat.label, chat.untrained) == (0, (1,))
+
+
 @pytest.mark.parametrize("name", ["dialog", "chat", "turns", "data"])
 def test_a_chat_is_read_under_the_name_that_columns_give(name: str):
     assert read({name: [USER, ASSISTANT]}, columns={"messages": name}) == Chat([USER, ASSISTANT])

@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from tests.support.messages import assert_names
 from training.data.errors import MAX_ROW_BYTES, DataError, RowError
 from training.data.hub import is_hub_dataset, parse_hub_uri, parts_of
-from training.data.sources import DataFile, find_files, open_file
+from training.data.sources import DataFile, files_of_other_splits, find_files, open_file
 from utils.storage.bucket import BucketError
 
 ROWS = [{"prompt": f"{number} + {number}?", "completion": f"{2 * number} é"} for number in range(5)]
@@ -353,6 +353,24 @@ def test_directory_with_files_of_several_splits_raises_an_error(
     advised = str(caught.value).partition("such as ")[2].partition(";")[0]
     assert [file.uri for file in find_files(advised, 0)] == [str(tmp_path / names[0])]
     assert len(find_files(f"{tmp_path}/**/*", 0)) == len(names), "a pattern says what is meant"
+
+
+@pytest.mark.parametrize("root", ["s3://acme-training/x", "s3://b/test/dev-sets", "/data/eval/x", "."])
+@pytest.mark.parametrize(
+    ("names", "others"),
+    [
+        (("train.jsonl", "test.jsonl"), ("test.jsonl",)),
+        (("train/a.jsonl", "test/a.jsonl"), ("test/a.jsonl",)),
+        (("a.jsonl", "b/val.jsonl"), ("b/val.jsonl",)),
+        (("test-1.jsonl", "test-2.jsonl"), ()),
+        (("train-1.jsonl", "train-2.jsonl"), ()),
+    ],
+)
+def test_files_of_other_splits_are_found_by_their_names_below_the_common_directory(
+    root: str, names: tuple[str, ...], others: tuple[str, ...]
+):
+    uris = [f"{root}/{name}" for name in names]
+    assert files_of_other_splits(uris) == [f"{root}/{name}" for name in others]
 
 
 @pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '{"b": [{"a": 1, "a": 1}]}'])

@@ -11,10 +11,11 @@ from transformers import AutoTokenizer
 
 from runs.layout import DATA_REPORT_FILE
 from tests.support.messages import assert_names
+from tests.support.prepared import prepare, request
 from tests.support.trained_runs import store_full_run
 from training.data.errors import DataError
 from training.inference.checkpoint_model import trained_model
-from training.inference.evaluate import EvaluationSettings, Question, read_questions
+from training.inference.evaluate import EvaluationSettings, Match, Question, read_questions, score
 from training.planning.endpoints import ClusterTarget
 from utils.storage.bucket import open_store
 
@@ -29,7 +30,9 @@ def questions_of(tiny_model: Path, tmp_path: Path) -> Iterator[Read]:
     """Return a function that reads the questions of rows for a run with settings."""
     with ExitStack() as stack:
 
-        def read(*rows: dict[str, Any], template: str = "", day: str = "", **settings: Any) -> list[Question]:
+        def read(
+            *rows: dict[str, Any], template: str = "", day: str = "", match: Match = "number", **settings: Any
+        ) -> list[Question]:
             storage = open_store(str(tmp_path / "runs"))
             run = store_full_run(storage, "run", tiny_model, output_dir=str(tmp_path / "scratch"), **settings)
             if day:
@@ -42,7 +45,7 @@ def questions_of(tiny_model: Path, tmp_path: Path) -> Iterator[Read]:
             trained = stack.enter_context(trained_model(run))
             columns = {str(ours): theirs for ours, theirs in trained.config.columns.items()}
             target = ClusterTarget(None)
-            given = EvaluationSettings("number", columns, 1, "cpu", target, batch_size=1, max_new_tokens=8)
+            given = EvaluationSettings(match, columns, 1, "cpu", target, batch_size=1, max_new_tokens=8)
             return read_questions(str(data), trained, tokenizer, given)
 
         yield read
@@ -86,3 +89,98 @@ def test_a_bad_answer_is_not_expected(questions_of: Read):
     settings = {"task": "preference_tuning", "preference_tuning_config": {"loss": "kto"}}
     with pytest.raises(DataError, match=r"rows\.jsonl:1: has a label that says that its answer is bad"):
         questions_of({**ROW, "label": False}, **settings)
+
+
+KTO = {"task": "preference_tuning", "preference_tuning_config": {"loss": "kto"}}
+
+
+def test_a_label_that_is_no_rating_is_not_read_by_preference_tuning(questions_of: Read):
+    (question,) = questions_of({**ROW, "label": "algebra"}, **KTO)
+    assert question.expected == "#### 4"
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+
+
+@pytest.mark.parametrize(
+    ("match", "content", "is_pair"), [("text", "", False), ("number", "#### 4", False), ("text", "", True)]
+)
+def test_an_answer_with_a_call_is_rejected(questions_of: Read, match: Match, content: str, is_pair: bool):
+    user = {"role": "user", "content": "2 + 2?"}
+    calling = {"role": "assistant", "content": content, "tool_calls": [CALL]}
+    answer = {"role": "assistant", "content": "#### 5"}
+    row = (
+        {"chosen": [user, calling], "rejected": [user, answer]} if is_pair else {"messages": [user, calling]}
+    )
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: ends with a call, which evaluate cannot compare"):
+        questions_of(row, match=match, **(KTO if is_pair else {}))
+
+
+CHAT = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "#### 7"}]
+
+
+@pytest.mark.parametrize(
+    ("data_format", "settings"),
+    [("messages", {}), ("conversations", {}), ("prompt_completion", {}), ("conversations", KTO)],
+)
+def test_rows_are_read_by_the_data_format_of_the_run(
+    questions_of: Read, data_format: str, settings: dict[str, Any]
+):
+    """Otherwise, a row with the columns of several formats is compared with another answer than the trained one."""
+    turns = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "#### 8"}]
+    row = {**ROW, "messages": CHAT, "conversations": turns}
+    expected = {"messages": "#### 7", "conversations": "#### 8", "prompt_completion": "#### 4"}
+    (question,) = questions_of(row, data_format=data_format, **settings)
+    assert question.expected == expected[data_format]
+
+
+def test_rows_of_a_run_on_texts_are_recognised(questions_of: Read):
+    (question,) = questions_of(ROW, task="causal_lm", data_format="text")
+    assert question.expected == "#### 4"
+
+
+@pytest.mark.parametrize("changes", [{}, {"task": "preference_tuning", "unpaired": True}], ids=["sft", "kto"])
+def test_a_question_has_the_digest_of_its_prepared_row(
+    questions_of: Read, changes: dict[str, Any], tiny_model: Path, tmp_path: Path
+):
+    """A rated row ends with its answer's end token, a chat with what the template writes after it."""
+    rated = {**ROW, "label": True}
+    source = tmp_path / "train.jsonl"
+    source.write_text(json.dumps(rated if changes else ROW))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    rows = prepare(request(source, **changes), tokenizer, tiny_model, tmp_path / "cache")
+    questions = questions_of(ROW, rated, {**ROW, "prompt": "2 + 3?"}, {**rated, "prompt": "2 + 3?"}, **KTO)
+    trained = [not question.digests.isdisjoint(rows.index.digest.tolist()) for question in questions]
+    assert trained == [True, True, False, False]
+
+
+THINKING = "<think>\nIs it #### 5 or 6?\n</think>\n\n"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "text", "number"),
+    [
+        ("", "#### 4", "#### 4", "4"),
+        ("", f"{THINKING}It is 4.", "It is 4.", "4"),
+        ("<think>\n", "It is #### 5?\n</think>\n\nIt is 4.", "It is 4.", "4"),
+        ("<think>\n", "It is #### 5?</think>It is 4.", "It is 4.", "4"),
+        ("", "<think>\nIs it #### 5 or", None, None),
+        ("<think>\n", "Is it #### 5 or", None, None),
+        ("<think>\n\n</think>\n\n", "It is 4.", "It is 4.", "4"),
+    ],
+)
+@pytest.mark.parametrize("expected", ["It is 4.", f"{THINKING}It is 4."])
+def test_reasoning_is_not_compared(
+    prompt: str, answer: str, text: str | None, number: str | None, expected: str
+):
+    question = Question("rows.jsonl:1", f"2 + 2?{prompt}", [1], expected, frozenset())
+    by_text, by_number = (score(question, answer, match, None) for match in ("text", "number"))
+    assert (by_text.answer, by_text.expected) == (answer, expected)
+    assert (by_text.answer_match, by_text.expected_match) == (text, "It is 4.")
+    assert by_text.correct == (text == "It is 4.")
+    assert (by_number.answer_match, by_number.correct) == (number, number == "4")
+
+
+def test_a_number_is_expected_outside_the_reasoning(questions_of: Read):
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: the answer contains no number"):
+        questions_of({**ROW, "completion": f"{THINKING}I do not know."})

@@ -3,7 +3,7 @@
 import json
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from training.models.files import (
     ModelError,
     ModelFacts,
     check_finite_weights,
+    check_weight_files,
     count_lora_parameters,
     fetch_hub_model,
     is_hub_id,
@@ -250,6 +251,21 @@ def test_only_the_file_that_transformers_loads_counts(tiny_model: Path, model: P
         read_model_facts(str(model))
 
 
+@pytest.mark.parametrize("in_shards", [False, True])
+def test_the_workers_check_the_weight_files_that_are_loaded(in_shards: bool, model: Path):
+    """A stray file may be a Git LFS pointer, which the plan and transformers ignore."""
+    (model / "consolidated.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    file = model / "model.safetensors"
+    if in_shards:
+        file = file.rename(model / "weights.safetensors")
+        (model / "model.safetensors.index.json").write_text(json.dumps(METADATA | LISTED))
+    read_model_facts(str(model))
+    check_weight_files(model)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ModelError, match=rf"^{file}: .*truncated or corrupt"):
+        check_weight_files(model)
+
+
 def test_an_adapter_beside_the_model_raises_an_error_with_its_files(
     model: Path, adapter: Path, bucket_uri: str, monkeypatch: pytest.MonkeyPatch
 ):
@@ -303,6 +319,89 @@ def test_shards_on_the_hub_are_counted_by_their_index(
         repository.files = {name: content for name, content in files.items() if "-00002-" not in name}
         with pytest.raises(ModelError, match=r"^model org/base: .*lists missing weight files \(model-00002-"):
             read_hub_facts("org/base")
+
+
+@pytest.fixture
+def hub_files(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[dict[str, bytes], Path]]:
+    """Yield the files of org/base on a Hub that this process uses, which a test may change, and the directory of its cache."""
+    with running_hub() as hub:
+        repository = Repository({path.name: path.read_bytes() for path in model.iterdir()})
+        hub.repositories["models/org/base"] = repository
+        constants, cache = huggingface_hub.constants, tmp_path / "hub"
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.endpoint)
+        served = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", served)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        yield repository.files, cache
+
+
+def with_header(content: Any) -> bytes:
+    header = json.dumps(content).encode()
+    return struct.pack("<Q", len(header)) + header
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"short",
+        struct.pack("<Q", 2**40),
+        struct.pack("<Q", 8) + b"{not json",
+        *map(
+            with_header,
+            (
+                [],
+                {"weight": 5},
+                {"weight": {}},
+                {"weight": {"dtype": "F32", "shape": None, "data_offsets": [0, 4]}},
+                {"weight": {"dtype": "F32", "shape": [1], "data_offsets": 4}},
+                {"weight": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}},
+                {"weight": {"dtype": "float", "shape": [1], "data_offsets": [0, 4]}},
+                {"__metadata__": {"format": 5}},
+            ),
+        ),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("in_shards", [False, True])
+def test_damaged_weights_on_the_hub_raise_an_error_with_model_and_file(
+    in_shards: bool, content: bytes, hub_files: tuple[dict[str, bytes], Path]
+):
+    on_hub, _ = hub_files
+    file = "weights.safetensors" if in_shards else "model.safetensors"
+    if in_shards:
+        on_hub["model.safetensors.index.json"] = json.dumps(METADATA | LISTED).encode()
+    on_hub[file] = content
+    with pytest.raises(ModelError, match=rf"^model org/base: {file}: the header .*Upload it again\.$"):
+        read_hub_facts("org/base")
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"{no json", "not valid JSON"),
+        (b"[]", "contains list, not a JSON object"),
+        (b"\xff", "not valid JSON"),
+    ],
+)
+def test_a_damaged_config_on_the_hub_raises_an_error_with_the_file(
+    content: bytes, fault: str, hub_files: tuple[dict[str, bytes], Path]
+):
+    on_hub, cache = hub_files
+    on_hub["config.json"] = content
+    with pytest.raises(ModelError, match=rf"^{cache}/models--org--base/.*/config\.json: {fault}"):
+        read_hub_facts("org/base")
+
+
+def test_a_hub_model_without_safetensors_raises_an_error(hub_files: tuple[dict[str, bytes], Path]):
+    on_hub, _ = hub_files
+    assert read_hub_facts("org/base").tensors
+    on_hub["pytorch_model.bin"] = on_hub.pop("model.safetensors")
+    with pytest.raises(ModelError, match=r"^model org/base: has no safetensors weights on the Hub"):
+        read_hub_facts("org/base")
 
 
 def with_value(model: Path, name: str, place: int, value: float, dtype: torch.dtype = torch.float32) -> str:
