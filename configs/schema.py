@@ -594,7 +594,7 @@ class ExportConfig(Section):
 
     verify: bool | None = None
     """Compare the export with the model as trained on a few rows before it is published, in fp32 on the CPU. null: if memory
-    suffices."""
+    suffices. true: also in vLLM, if `make setup-vllm` has installed it."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -173,6 +173,16 @@ class Manifest(_Record):
     files: list[FileRecord]
 
 
+class VllmVerification(_Record):
+    """The comparison of an export in vLLM with the model as trained, in nats, over the same tokens."""
+
+    version: str | None = None
+    mean_difference: float | None = None
+    largest_difference: float | None = None
+    error: str | None = None
+    """Why vLLM did not load the export; None if it did."""
+
+
 class Verification(_Record):
     """The comparison of an export with the model as trained, in nats, over the next tokens of a few rows."""
 
@@ -189,6 +199,8 @@ class Verification(_Record):
     loss: float | None
     """Mean loss of the export over the loss tokens of these rows; None without loss tokens."""
     loss_as_trained: float | None
+    vllm: VllmVerification | None = None
+    """None if vLLM is not installed, or `verify` was not set."""
 
 
 class Export(_Record):

@@ -36,25 +36,21 @@ from service.errors import ApiError
 from service.least_recently_used import LeastRecentlyUsed
 from training.checkpoints.store import read_manifest
 from training.data.prompting import stop_tokens
+from training.inference.vllm_environment import PYTHON_VARIABLE, RANKS, python_of_vllm, variables_of_vllm
 from training.planning.exportable import check_vllm_adapter
 from training.planning.paths import make_scratch_directory
 from utils.errors import AnnealError
 from utils.processes import die_with
 
-PYTHON_VARIABLE = "ANNEAL_VLLM_PYTHON"
-"""Variable with the Python of vLLM's environment; the default is .venv-vllm in the project."""
-
-_DEFAULT_PYTHON = Path(__file__).resolve().parents[1] / ".venv-vllm" / "bin" / "python"
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Values that vLLM accepts for --max-lora-rank."""
+_CACHE_GIGABYTES = 2
 _START_SECONDS = 1800
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def vllm_python() -> Path:
     """Return the Python of vLLM's environment; raise ConfigError if it does not exist."""
-    python = Path(os.environ.get(PYTHON_VARIABLE, _DEFAULT_PYTHON))
+    python = python_of_vllm()
     if not python.exists():
         raise ConfigError(
             f"engine: vllm: {python} does not exist. Run `make setup-vllm` on every node, or set {PYTHON_VARIABLE}."
@@ -104,14 +100,10 @@ class VllmEngine:
             # Sampling settings in the model's generation_config.json would apply to requests that do not name them.
             "--generation-config": "vllm",
         }
-        environment = os.environ | {
+        environment = variables_of_vllm(_CACHE_GIGABYTES) | {
             "VLLM_API_KEY": key,  # not an argument, which `ps` shows
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-            "VLLM_NO_USAGE_STATS": "1",
         }
-        environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-        environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        environment.pop("PYTHONPATH", None)
         flags = ["--enable-lora", "--enforce-eager"]
         words = [str(word) for pair in arguments.items() for word in pair]
         with self._log.open("wb") as log:
@@ -327,11 +319,11 @@ def _rejected(content: bytes) -> ApiError:
 
 def _max_rank(config: FinetuneConfig) -> int:
     lora = config.lora_config
-    wanted = max([lora.r, *(lora.rank_pattern or {}).values()]) if lora else _RANKS[1]
-    rank = next((rank for rank in _RANKS if rank >= wanted), None)
+    wanted = max([lora.r, *(lora.rank_pattern or {}).values()]) if lora else RANKS[1]
+    rank = next((rank for rank in RANKS if rank >= wanted), None)
     if rank is None:
         raise ConfigError(
-            f"engine: vllm: the largest rank of lora_config is {wanted}, but vLLM supports at most {_RANKS[-1]}. Use engine: transformers."
+            f"engine: vllm: the largest rank of lora_config is {wanted}, but vLLM supports at most {RANKS[-1]}. Use engine: transformers."
         )
     return rank
 

@@ -114,7 +114,7 @@ def test_valid_config_passes_without_creating_a_run(tiny_model: Path, tmp_path: 
 
 def test_workers_that_cannot_share_the_heads_raise_an_error(rejected: Rejected, tiny_model: Path):
     message = rejected(sequence_parallel_size=3, num_devices=3)
-    assert_names(message, "sequence_parallel_size: 3 workers", "4 heads", str(tiny_model), "1 or 2 or 4")
+    assert_names(message, "`sequence_parallel_size`", "3 workers", "4 heads", str(tiny_model), "1 or 2 or 4")
 
 
 def test_workers_that_cannot_be_divided_into_groups_raise_an_error(rejected: Rejected):

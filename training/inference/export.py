@@ -8,7 +8,7 @@ import json
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -22,6 +22,7 @@ from runs.layout import EXPORT_FILE, Export, FileRecord, export_uri
 from runs.reading import read_metrics, read_result, sizes
 from training.data.prompting import stop_tokens
 from training.inference.model_card import Card, describe_sampling
+from training.inference.vllm_environment import python_of_vllm
 from training.models.files import (
     ModelError,
     ModelFacts,
@@ -78,8 +79,9 @@ def export(trained: "TrainedModel", settings: ExportConfig, *, progress: Callabl
     store = open_store(planned.uri)
     check_writable(planned.uri)
     if (written := _read_export(store)) is not None:
-        _check_same(written, planned, store)
-        if settings.verify and written.verification is None:
+        verifies = bool(settings.verify) and _lacks_verification(written)
+        _check_same(written, planned, store, {_CARD} if verifies else set())
+        if verifies:
             return _verify_in_place(trained, written, settings, store, progress)
         return written
     _check_empty(store)
@@ -97,7 +99,7 @@ def export(trained: "TrainedModel", settings: ExportConfig, *, progress: Callabl
         trained.tokenizer().save_pretrained(staged)
         sampling = _sampling_settings(staged)
         planned = planned.model_copy(update={"notes": [*planned.notes, *_sampling_notes(sampling)]})
-        planned = _verified(trained, planned, settings, staged, progress)
+        planned = _verified(trained, planned, settings, staged, progress, "Nothing was exported.")
         if planned.gguf:
             progress("writing the GGUF file")
             _write_gguf(planned, settings, staged)
@@ -190,18 +192,24 @@ def _read_export(store: Store) -> Export | None:
         ) from error
 
 
-def _check_same(written: Export, planned: Export, store: Store) -> None:
-    """Check that an existing export is the planned one, and complete."""
+def _check_same(written: Export, planned: Export, store: Store, rewritten: Collection[str]) -> None:
+    """Check that an existing export is the planned one, and complete but for the files that are written again."""
     if any(getattr(written, key) != getattr(planned, key) for key in ("checkpoint", "kind", "dtype", "gguf")):
         raise ConfigError(
             f"{planned.uri} already contains another export: {describe(written)} of {written.checkpoint}. Choose another destination, "
             "or delete that export."
         )
     stored = sizes(store, "")
-    if wrong := [file.path for file in written.files if stored.get(file.path) != file.size]:
+    checked = [file for file in written.files if file.path not in rewritten]
+    if wrong := [file.path for file in checked if stored.get(file.path) != file.size]:
         raise ConfigError(
             f"{store.uri_of(wrong[0])}: changed since the export. Delete {planned.uri}, or choose another destination."
         )
+
+
+def _lacks_verification(written: Export) -> bool:
+    verified = written.verification
+    return verified is None or (verified.vllm is None and python_of_vllm().exists())
 
 
 def _verify_in_place(
@@ -213,9 +221,14 @@ def _verify_in_place(
 ) -> Export:
     """Verify an existing export, and add the result to its record and its model card."""
     progress("reading the export")
-    directory = _fetch(written, trained.cache)
+    # Without the card: it is written again before the record, and an interruption may have come between.
+    kept = [file for file in written.files if file.path != _CARD]
+    directory = _fetch(written.model_copy(update={"files": kept}), trained.cache)
     notes = [note for note in written.notes if not note.startswith(_NOT_VERIFIED)]
-    verified = _verified(trained, written.model_copy(update={"notes": notes}), settings, directory, progress)
+    unverified = written.model_copy(update={"notes": notes})
+    verified = _verified(
+        trained, unverified, settings, directory, progress, f"{written.uri} remains unverified."
+    )
     card = _card(trained, verified, _sampling_settings(directory)).to_markdown().encode()
     record = FileRecord(path=_CARD, size=len(card), checksum=checksum_bytes(card))
     files = [record if file.path == _CARD else file for file in written.files]
@@ -243,17 +256,17 @@ def describe(exported: Export) -> str:
 
 
 def _check_tools_and_weights(trained: "TrainedModel", planned: Export) -> None:
+    facts = base_model_facts(trained.base) if trained.base else read_model_facts(trained.checkpoint)
     if planned.gguf:
-        gguf_converter()
+        gguf_converter(facts.architecture)
     if trained.base is None:
-        _check_memory_and_disk(read_model_facts(trained.checkpoint), planned, trained.cache)
+        _check_memory_and_disk(facts, planned, trained.cache)
     elif planned.kind == "adapter":
         adapter = read_adapter_facts(trained.checkpoint)
         # The plan has checked an export that the YAML describes.
-        check_vllm_base(base_model_facts(trained.base), FROM_COMMAND)
+        check_vllm_base(facts, FROM_COMMAND)
         check_vllm_adapter(adapter.lora, adapter.parameter_shapes, FROM_COMMAND)
     else:
-        facts = base_model_facts(trained.base)
         check_mergeable(facts)
         _check_memory_and_disk(facts, planned, trained.cache)
 
@@ -282,8 +295,13 @@ def _verified(
     settings: ExportConfig,
     directory: Path,
     progress: Callable[[str], None],
+    if_wrong: str,
 ) -> Export:
-    """Return the export with its verification; raise ModelError if it does not compute what was trained."""
+    """Return the export with its verification.
+
+    Raises:
+        ModelError: The export does not compute what was trained. The message ends with `if_wrong`.
+    """
     from training.inference.verifying import fits_in_memory, memory_needed, verify_export
 
     if settings.verify is False:
@@ -302,7 +320,11 @@ def _verified(
             )
         note = f"{_NOT_VERIFIED}, which requires {reason}."
         return planned.model_copy(update={"notes": [*planned.notes, note]})
-    verification = verify_export(trained, planned, directory, progress=progress)
+    in_vllm = settings.verify is True and python_of_vllm().exists()
+    try:
+        verification = verify_export(trained, planned, directory, in_vllm=in_vllm, progress=progress)
+    except ModelError as error:
+        raise ModelError(f"{error} {if_wrong}") from error
     return planned.model_copy(update={"verification": verification})
 
 
@@ -342,7 +364,7 @@ def write_earlier_rope_keys(file: Path) -> None:
     scaling = dict(settings.get("rope_parameters") or {})
     if "rope_theta" not in scaling:
         return
-    # GPT-NeoX has names of its own, which llama.cpp's converter reads too.
+    # GPT-NeoX has names of its own.
     is_neox = settings.get("model_type") == "gpt_neox"
     base, part = ("rotary_emb_base", "rotary_pct") if is_neox else ("rope_theta", "partial_rotary_factor")
     settings[base] = scaling.pop("rope_theta")
@@ -379,8 +401,16 @@ def _copy_adapter(trained: "TrainedModel", directory: Path) -> None:
 def _write_gguf(planned: Export, settings: ExportConfig, directory: Path) -> None:
     assert planned.gguf is not None and settings.gguf_name is not None
     file = directory / planned.gguf
+    (architecture,) = json.loads((directory / "config.json").read_text("utf-8"))["architectures"]
     done = subprocess.run(
-        [*gguf_converter(), str(directory), "--outfile", str(file), "--outtype", settings.gguf_name],
+        [
+            *gguf_converter(architecture),
+            str(directory),
+            "--outfile",
+            str(file),
+            "--outtype",
+            settings.gguf_name,
+        ],
         capture_output=True,
         text=True,
         check=False,

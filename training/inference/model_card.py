@@ -6,8 +6,9 @@ from typing import Any
 
 from configs.loading import flat
 from configs.schema import FinetuneConfig
-from runs.layout import Export, Manifest, MetricsLine, RunResult, Verification
+from runs.layout import Export, Manifest, MetricsLine, RunResult, Verification, VllmVerification
 from runs.reading import eval_losses_of
+from training.inference.vllm_environment import RANKS
 from training.models.files import is_hub_id
 
 _TITLES = {
@@ -34,8 +35,6 @@ _SETTINGS = (
     "preference_tuning_config",
     "classifier_config",
 )
-_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Values that vLLM's --max-lora-rank accepts."""
 _VLLM_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
@@ -157,7 +156,7 @@ class Card:
 
     def _usage(self) -> list[str]:
         if self.export.kind == "adapter":
-            most = next((rank for rank in _VLLM_RANKS if rank >= self.rank), self.rank)
+            most = next((rank for rank in RANKS if rank >= self.rank), self.rank)
             commit = f" --revision {self.revision}" if self.revision else ""
             python_commit = f', revision="{self.revision}"' if self.revision else ""
             return [
@@ -194,7 +193,18 @@ def describe_verification(verified: Verification) -> str:
     return (
         f"log-probabilities differ by {verified.mean_difference:.2g} nats on average and at most {verified.largest_difference:.2g} "
         f"(rounding of the dtype: {verified.mean_rounding:.2g} and {verified.largest_rounding:.2g}); {losses}"
-        f"{verified.tokens:,} tokens of {verified.rows} {verified.source}"
+        f"{verified.tokens:,} tokens of {verified.rows} {verified.source}{_describe_vllm(verified.vllm)}"
+    )
+
+
+def _describe_vllm(verified: VllmVerification | None) -> str:
+    if verified is None:
+        return ""
+    if verified.error is not None:
+        return f"; vLLM did not load it ({verified.error})"
+    return (
+        f"; in vLLM {verified.version}: {verified.mean_difference:.2g} on average and at most "
+        f"{verified.largest_difference:.2g}"
     )
 
 

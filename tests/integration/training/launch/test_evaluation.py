@@ -1,9 +1,11 @@
 """Runs with several validation sets, early stopping and a loss watchdog."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+from tests.support.front_door import run_command_quickly
 from tests.support.jobs import read_metrics, run_main, tiny_settings, write_yaml
 from tests.support.messages import assert_names
 from tests.support.tiny_model import make_model, write_data, write_preference_pairs, write_unpaired_rows
@@ -59,6 +61,12 @@ def test_run_stops_once_the_first_validation_set_stops_improving(files: Path):
     assert resumed.exit_code == 0, resumed.errors
     assert resumed.result["train_steps"] == result["train_steps"]
     assert resumed.result["reason"] == result["reason"]
+
+    exported = run_command_quickly(
+        ["export", result["run_uri"], "--dtype", "fp32", "--json"], files / "export"
+    )
+    assert exported.exit_code == 0, exported.errors
+    assert json.loads(exported.output)["verification"]["source"] == "validation rows"
 
 
 def test_loss_above_the_watchdog_fails_the_run(files: Path):

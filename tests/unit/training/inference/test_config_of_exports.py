@@ -43,7 +43,7 @@ def test_partial_rotary_factor_is_also_stored_at_the_top(tmp_path: Path):
 
 
 def test_gpt_neox_also_has_its_own_names_of_base_and_rotated_part(tmp_path: Path):
-    """Transformers 4 and llama.cpp's converter read only these."""
+    """Transformers 4 reads only these."""
     parameters = {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5}
     settings = written(GPTNeoXConfig(rope_parameters=parameters), tmp_path)
     assert (settings["rotary_pct"], settings["rotary_emb_base"]) == (0.5, 5000.0)
