@@ -14,7 +14,6 @@ from training.data.chunks import ChunkTokenizer
 from training.data.prepared import find_prepared
 from training.data.request import DataRequest
 from training.data.sources import DataFile, open_file
-from training.planning.model import Storage
 from training.planning.resume import resolve
 from utils.storage.bucket import is_remote, join_uri, open_store
 
@@ -92,7 +91,8 @@ def with_day(
     day: str | None,
     tokenizer: "PreTrainedTokenizerFast",
     tokenizer_dir: Path,
-    storage: Storage,
+    cache: Path,
+    bucket: str | None,
 ) -> DataRequest:
     """Return a request with the date that the chat template prints in its rows; rows without chats have none, so any day reuses them.
 
@@ -101,19 +101,20 @@ def with_day(
         day: Date that the chat template prints (ISO 8601); None: it prints none.
         tokenizer: The model's tokenizer with the chat template.
         tokenizer_dir: Directory of the tokenizer files.
-        storage: Where prepared rows are stored.
+        cache: Node cache.
+        bucket: URI of the prepared rows in the bucket, or None without one.
     """
     if day is None:
         return request
     dated = replace(request, date=day)
     undated_rows, dated_rows = (
-        find_prepared(each.key(tokenizer_dir), storage.cache, storage.prepared) for each in (request, dated)
+        find_prepared(each.key(tokenizer_dir), cache, bucket) for each in (request, dated)
     )
     if dated_rows or undated_rows:
         return request if undated_rows and undated_rows.summary.date is None else dated
     chunks = ChunkTokenizer(request, tokenizer)
     firsts = {file.source: file for file in reversed(request.files)}  # the first file of each source
-    has_chats = any(_may_have_chats(file, chunks, storage.cache) for file in firsts.values())
+    has_chats = any(_may_have_chats(file, chunks, cache) for file in firsts.values())
     return dated if has_chats else request
 
 

@@ -352,7 +352,9 @@ def _sample_rows(
         sets |= {_key_of("valid", config, name): request for name, request in requests.valid.items()}
     rows, has_more = 0, False
     for key, request in sets.items():
-        dated = with_day(request, today, model.tokenizer, model.tokenizer_directory, storage)
+        dated = with_day(
+            request, today, model.tokenizer, model.tokenizer_directory, storage.cache, storage.prepared
+        )
         if find_prepared(dated.key(model.tokenizer_directory), storage.cache, storage.prepared):
             continue
         limit = min(request.max_rows or _SAMPLE_ROWS, _SAMPLE_ROWS)
@@ -478,7 +480,7 @@ def _prepare(
     """
     progress(f"rows of {key}")
     prepared = prepare_data(
-        with_day(request, day, model.tokenizer, model.tokenizer_directory, storage),
+        with_day(request, day, model.tokenizer, model.tokenizer_directory, storage.cache, storage.prepared),
         model.tokenizer,
         model.tokenizer_directory,
         storage.cache,
