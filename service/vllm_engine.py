@@ -44,7 +44,8 @@ from utils.processes import die_with
 PYTHON_VARIABLE = "ANNEAL_VLLM_PYTHON"
 """Variable with the Python of vLLM's environment; the default is .venv-vllm in the project."""
 
-_DEFAULT_PYTHON = Path(__file__).resolve().parents[1] / ".venv-vllm" / "bin" / "python"
+_PROJECT = Path(__file__).resolve().parents[1]
+_DEFAULT_PYTHON = _PROJECT / ".venv-vllm" / "bin" / "python"
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM accepts for --max-lora-rank."""
@@ -56,8 +57,11 @@ def vllm_python() -> Path:
     """Return the Python of vLLM's environment; raise ConfigError if it does not exist."""
     python = Path(os.environ.get(PYTHON_VARIABLE, _DEFAULT_PYTHON))
     if not python.exists():
+        # Ray unpacks the code on other nodes without an environment beside it.
+        is_packaged = not (_PROJECT / "Makefile").exists()
+        fix = "S" if is_packaged else "Run `make setup-vllm` on every node, or s"
         raise ConfigError(
-            f"engine: vllm: {python} does not exist. Run `make setup-vllm` on every node, or set {PYTHON_VARIABLE}."
+            f"engine: vllm: {python} does not exist. {fix}et {PYTHON_VARIABLE} to the Python of a vLLM environment on every node."
         )
     return python
 

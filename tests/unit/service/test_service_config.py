@@ -10,6 +10,7 @@ from configs.loading import ConfigError, load_config
 from configs.schema import DeepspeedFile, FinetuneConfig
 from service.config import BaseModelSettings, load_service
 from service.job_config import JobConfigError, check_settings, resolve_hyperparameters, training_config
+from service.vllm_engine import vllm_python
 from tests.support.jobs import PROJECT
 from tests.support.service import write_service
 from tests.support.tiny_model import CHAT_TEMPLATE
@@ -77,6 +78,18 @@ def test_setting_that_vllm_ignores_is_an_error(tmp_path: Path, key: str):
         load_service(path)
     write_service(tmp_path, "s3://bucket/service", models=models)
     assert load_service(path).config.models["tiny"].engine == "vllm"
+
+
+@pytest.mark.parametrize("is_packaged", [True, False])
+def test_missing_python_of_vllm_names_a_fix_that_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_packaged: bool
+):
+    monkeypatch.setenv("ANNEAL_VLLM_PYTHON", str(tmp_path / "python"))
+    if is_packaged:
+        monkeypatch.setattr("service.vllm_engine._PROJECT", tmp_path)
+    with pytest.raises(ConfigError, match=r"python does not exist.*et ANNEAL_VLLM_PYTHON") as raised:
+        vllm_python()
+    assert ("make setup-vllm" in str(raised.value)) is not is_packaged
 
 
 @pytest.mark.parametrize(
