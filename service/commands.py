@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
+from configs.schema import DeepspeedFile
 from service.config import LoadedService, load_service
 from service.keys import create_first_key, create_key, list_keys, revoke_keys
 from training.launch.answering import check_cluster_answers
@@ -41,6 +42,9 @@ COMMANDS = {
 DEFAULT_SERVICE = Path("cookbooks/fine_tuning_service/service.yaml")
 DEFAULT_PROJECT = "default"
 _STOP_SECONDS = 600
+_ANSWER_SECONDS = 60
+"""Seconds until a proxy of Serve must answer."""
+_POLL_SECONDS = 0.2
 
 
 class ServiceError(AnnealError):
@@ -95,6 +99,8 @@ def serve_command(config: Path, port: int | None, dry_run: bool, as_json: bool) 
             f"the packages of the service are not installed ({', '.join(missing)}): run make setup-service"
         )
     target = target_cluster()
+    if not target.is_local:
+        _check_deepspeed(service)
     set_ray_environment(target)
     check_cluster_answers(target)
     output, progress = open_consoles()
@@ -165,6 +171,16 @@ def warn_about_address(host: str, progress: Console) -> None:
         )
 
 
+def _check_deepspeed(service: LoadedService) -> None:
+    """Reject DeepSpeed files of this machine: jobs run on the cluster's nodes, which do not have them."""
+    for name, base in service.bases.items():
+        if isinstance(base.config.deepspeed, DeepspeedFile):
+            raise ServiceError(
+                f"models.{name}.config: deepspeed.config_path: {base.config.deepspeed.config_path} is on this machine, but jobs run on the "
+                f"cluster. Use a preset, such as deepspeed: zero_2, in {base.path}"
+            )
+
+
 def _check_port(service: LoadedService) -> None:
     """Check that the address can be listened on. The replicas share it, so they could not detect another program."""
     host, port = service.config.host, service.config.port
@@ -210,32 +226,104 @@ class _Run:
             from ray import serve
             from ray.serve.schema import ServeStatus
 
-            from service.app import APP_NAME, build
+            from service.app import APP_NAME
 
             _connect(self._target, self._service)
             received = record_signals(then=self._stop.set)
             try:
-                is_local = self._target.is_local
+                if self._target.is_local:
+                    _check_resources(self._service)
                 was_running = serve.status() != ServeStatus()
-                location: Any = "Disabled" if is_local else "EveryNode"
-                serve.start(proxy_location=location, http_options={"host": config.host, "port": config.port})
-                serve.run(build(self._service, behind_proxies=not is_local), name=APP_NAME, route_prefix="/")
-                self._announce(create_first_key(S3Store(config.storage_path), DEFAULT_PROJECT))
-                self._stop.wait()
-                self._write("stopping: running jobs commit a checkpoint; the same command continues them")
-                serve.delete(APP_NAME)
-                if not was_running and not serve.status().applications:
-                    serve.shutdown()
-                _stop_drivers(received)
+                try:
+                    self._deploy(was_running=was_running)
+                    if not self._stop.is_set():
+                        self._announce(create_first_key(S3Store(config.storage_path), DEFAULT_PROJECT))
+                    self._stop.wait()
+                    self._write("stopping: running jobs commit a checkpoint; the same command continues them")
+                finally:
+                    if APP_NAME in serve.status().applications:
+                        serve.delete(APP_NAME)
+                    if not was_running and not serve.status().applications:
+                        serve.shutdown()
+                    _stop_drivers(received)
             finally:
                 ray.shutdown()
                 restore_handlers()
         return 128 + received[0] if received else 0
 
-    def _announce(self, key: str | None) -> None:
+    def _deploy(self, *, was_running: bool) -> None:
+        """Deploy the application, and wait until it answers or a signal arrives.
+
+        Args:
+            was_running: Serve already ran on the cluster; it then ignores other HTTP options.
+
+        Raises:
+            ServiceError: A replica does not start, or the service does not answer at its address.
+        """
+        from ray import serve
+        from ray.exceptions import RayError
+        from ray.serve.config import HTTPOptions
+        from ray.serve.exceptions import RayServeException
+        from ray.serve.schema import ApplicationStatus
+
+        from service.app import APP_NAME, build
+
+        config, is_local = self._service.config, self._target.is_local
+        application = build(self._service, behind_proxies=not is_local)
+        try:
+            serve.start(
+                proxy_location="Disabled" if is_local else "EveryNode",
+                http_options=HTTPOptions(host=config.host, port=config.port),
+            )
+            # `serve.run` would wait for the replicas without a limit, and no signal would stop it.
+            serve.run_many(
+                [serve.RunTarget(application, APP_NAME, "/")],
+                wait_for_ingress_deployment_creation=False,
+                wait_for_applications_running=False,
+            )
+        except (RayError, RayServeException, TimeoutError) as error:
+            raise ServiceError(
+                f"Serve cannot start the service at host: {config.host}, port: {config.port}: {_last_line(str(error))}"
+            ) from error
+        while not self._stop.wait(_POLL_SECONDS):
+            found = serve.status().applications[APP_NAME]
+            if found.status == ApplicationStatus.DEPLOY_FAILED:
+                raise ServiceError(f"the service cannot start. {_reason(found)}")
+            if found.status == ApplicationStatus.RUNNING:
+                break
+        if not is_local:
+            self._wait_for_answer(was_running=was_running)
+
+    def _wait_for_answer(self, *, was_running: bool) -> None:
+        """Wait until a proxy of Serve answers at the service's address."""
+        import httpx
+
+        config, deadline = self._service.config, time.monotonic() + _ANSWER_SECONDS
+        while not self._stop.is_set():
+            try:
+                if httpx.get(f"{self._url}/healthz", timeout=5, trust_env=False).is_success:
+                    return
+            except httpx.TransportError:
+                pass
+            if time.monotonic() > deadline:
+                where = (
+                    f"the service does not answer at host: {config.host}, port: {config.port} of this machine"
+                )
+                raise ServiceError(
+                    f"{where}, because Serve already runs on the cluster with other HTTP options. Write its host and port into the "
+                    "service YAML, or stop it with `serve shutdown`"
+                    if was_running
+                    else f"{where}. Check that Serve's proxies can listen there, and run this command on a node with a proxy"
+                )
+            self._stop.wait(_POLL_SECONDS)
+
+    @property
+    def _url(self) -> str:
         host = self._service.config.host
-        name = f"[{host}]" if ":" in host else host
-        url = f"http://{name}:{self._service.config.port}/v1"
+        return f"http://{f'[{host}]' if ':' in host else host}:{self._service.config.port}"
+
+    def _announce(self, key: str | None) -> None:
+        url = f"{self._url}/v1"
         if self._as_json:
             ready = {"base_url": url} | ({"api_key": key} if key else {})
             self._output.print(json.dumps(ready), soft_wrap=True, highlight=False)
@@ -258,6 +346,7 @@ def _connect(target: ClusterTarget, service: LoadedService) -> None:
 
     import ray
 
+    from training.inference.vllm_environment import PYTHON_VARIABLE
     from training.launch.packaging import EVERYTHING_BUT_CODE, PROJECT
 
     if target.is_local:
@@ -272,7 +361,10 @@ def _connect(target: ClusterTarget, service: LoadedService) -> None:
         )
     else:
         environment = {"working_dir": str(PROJECT), "excludes": EVERYTHING_BUT_CODE}
-        environment |= {"env_vars": {STATE_VARIABLE: str(state_directory())}}
+        variables = {STATE_VARIABLE: str(state_directory())}
+        if python := os.environ.get(PYTHON_VARIABLE):
+            variables[PYTHON_VARIABLE] = python
+        environment |= {"env_vars": variables}
         ray.init(
             address=target.address,
             log_to_driver=False,
@@ -280,6 +372,38 @@ def _connect(target: ClusterTarget, service: LoadedService) -> None:
             runtime_env=environment,
         )
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+
+
+def _check_resources(service: LoadedService) -> None:
+    """Check that this machine has the Ray resources of all engines; Serve would wait for them without a limit."""
+    import ray
+
+    available = ray.cluster_resources()
+    needed: dict[str, float] = {}
+    for base in service.config.models.values():
+        for name, amount in base.engine_resources.items():
+            needed[name] = round(needed.get(name, 0) + amount, 4)  # Ray's precision
+    for name, amount in needed.items():
+        if amount > available.get(name, 0):
+            models = ", ".join(
+                model for model, base in service.config.models.items() if name in base.engine_resources
+            )
+            raise ServiceError(
+                f"models: the engines of {models} need {{{name}: {amount:g}}}, but this machine has {available.get(name, 0):g}. Reduce "
+                "`resources` or `num_replicas`, or set RAY_ADDRESS to a cluster"
+            )
+
+
+def _reason(application: Any) -> str:
+    """Return the deployment of an application that failed, and the error of its replica."""
+    for name, deployment in application.deployments.items():
+        if deployment.status == "DEPLOY_FAILED":
+            return f"{name}: {_last_line(deployment.message)}"
+    return application.message
+
+
+def _last_line(traceback: str) -> str:
+    return traceback.strip().splitlines()[-1].strip()
 
 
 def _stop_drivers(signals: list[int]) -> None:

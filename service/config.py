@@ -8,14 +8,16 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError
 
 from configs.loading import ConfigError, LoadedConfig, load_config
-from configs.schema import PositiveInt, Resources, Section, StorageUri, Text
+from configs.schema import DeepspeedFile, PositiveInt, Resources, Section, StorageUri, Text, uri_keys
 from configs.sequence_parallel import error_with
 from configs.yaml_source import Document, Origin, dotted, parse_yaml, shown
 from training.models.files import is_hub_id
+from training.models.tokenizer import read_chat_template
 from training.planning.paths import absolute
 from utils.storage.bucket import EMBEDDED_BUCKET
 
 Auto = Literal["auto"]
+_UNSUPPORTED_BY_VLLM = ("load_in_4bit", "trust_remote_code")
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$", max_length=100)]
 
 
@@ -155,6 +157,13 @@ def load_service(path: Path, port: int | None = None) -> LoadedService:
         where = document.origin(("models", name, "config")).label
         yaml = (path.parent / base.config).resolve()
         bases[name] = _load_base(where, name, yaml)
+        if base.engine == "vllm":
+            for key in _UNSUPPORTED_BY_VLLM:
+                if getattr(bases[name].config, key):
+                    raise ConfigError(
+                        f"{document.origin(('models', name, 'engine')).label}: `models.{name}.engine`: vllm does not support `{key}: true` "
+                        f"of {yaml}: remove it there, or use engine: transformers"
+                    )
         if config.publish_path and not bases[name].config.trains_adapter:
             raise ConfigError(
                 f"{document.origin(('publish_path',)).label}: `publish_path` is for adapters, but models.{name} trains all weights: add "
@@ -176,10 +185,24 @@ def _load_base(where: str, name: str, path: Path) -> LoadedConfig:
         )
     if config.sequence_parallel_size > 1:
         raise ConfigError(f"{where}: `models.{name}.config`: {path}: {error_with('`models` of the service')}")
-    if is_hub_id(config.model_id):
-        return loaded
-    # Jobs run in another directory.
-    return replace(loaded, config=config.model_copy(update={"model_id": absolute(config.model_id)}))
+    try:
+        chat_template = read_chat_template(config)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: `models.{name}.config`: {path}: {error}") from error
+    # Jobs and engines run in other directories, or on other nodes.
+    changes: dict[str, Any] = {"chat_template": chat_template}
+    for key in uri_keys("model"):
+        changes[key] = _absolute_model(getattr(config, key))
+    if isinstance(config.deepspeed, DeepspeedFile):
+        changes["deepspeed"] = DeepspeedFile(config_path=absolute(config.deepspeed.config_path))
+    return replace(loaded, config=config.model_copy(update=changes))
+
+
+def _absolute_model(uri: str | None) -> str | None:
+    """Return the URI of a model with a local path as an absolute path."""
+    if uri is None or uri.startswith("run:") or is_hub_id(uri):
+        return uri
+    return absolute(uri)
 
 
 def _read(path: Path) -> Document:

@@ -157,9 +157,6 @@ def engine_deployment(base: str, settings: BaseModelSettings, config: FinetuneCo
         base: Name of the base model in the service YAML.
         settings: Its settings.
         config: Its training YAML, with a path that the replicas can read.
-
-    Raises:
-        ConfigError: The engine does not support one of the training YAML's settings.
     """
     from ray import serve
 

@@ -97,7 +97,7 @@ def check_settings(job: dict[str, Any], base: FinetuneConfig) -> None:
 
 
 def _settings(job: dict[str, Any], base: FinetuneConfig, *, validates: bool) -> dict[str, Any]:
-    """Return the keys of a job's run, with the base's files and places."""
+    """Return the keys of a job's run, with the base's own data files and URIs."""
     keys = base.model_dump(mode="json") | _DATA_KEYS
     hyperparameters = job["hyperparameters"]
     keys |= _batches(base, hyperparameters["batch_size"])

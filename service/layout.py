@@ -61,11 +61,6 @@ def runs_uri(store: S3Store, project: str) -> str:
     return store.uri_of(f"runs/{project}")
 
 
-def run_uri(store: S3Store, project: str, job_id: str) -> str:
-    """Return the URI of a job's run."""
-    return store.uri_of(f"runs/{project}/{job_id}")
-
-
 def run_store(store: S3Store, project: str, job_id: str) -> S3Store:
     """Return the store of a job's run."""
     return store.below(f"runs/{project}/{job_id}")

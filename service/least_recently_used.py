@@ -19,8 +19,8 @@ class _Entry(Generic[Value]):
 class LeastRecentlyUsed(Generic[Value]):
     """Values that are loaded on demand, by key.
 
-    A request whose value needs a place waits until one is free. Later requests wait behind it, even for loaded values:
-    otherwise a stream of them could keep every place in use forever.
+    A request whose value needs a slot waits until one is free. Later requests wait behind it, even for loaded values:
+    otherwise a stream of them could keep every slot in use forever.
     """
 
     def __init__(

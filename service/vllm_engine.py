@@ -42,6 +42,7 @@ from training.planning.paths import make_scratch_directory
 from utils.errors import AnnealError
 from utils.processes import die_with
 
+_PROJECT = Path(__file__).resolve().parents[1]
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _CACHE_GIGABYTES = 2
 _START_SECONDS = 1800
@@ -52,9 +53,11 @@ def vllm_python() -> Path:
     """Return the Python of vLLM's environment; raise ConfigError if it does not exist."""
     python = python_of_vllm()
     if not python.exists():
-        raise ConfigError(
-            f"engine: vllm: {python} does not exist. Run `make setup-vllm` on every node, or set {PYTHON_VARIABLE}."
-        )
+        # Ray unpacks the code on other nodes without an environment beside it.
+        is_packaged = not (_PROJECT / "Makefile").exists()
+        fix = f"set {PYTHON_VARIABLE} to the Python of a vLLM environment on every node"
+        fix = fix if is_packaged else f"run `make setup-vllm` on every node, or {fix}"
+        raise ConfigError(f"engine: vllm: {python} does not exist: {fix}.")
     return python
 
 

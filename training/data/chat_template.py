@@ -44,10 +44,10 @@ class ChatTemplate:
         Args:
             tokenizer: Tokenizer with its chat template.
             variables: Variables of the template (`chat_template_kwargs`).
-            today: Date that the template prints, if it prints one; None: the date of this call.
+            today: Date that the template prints, if it prints one; None: the date of each rendering.
         """
         self._tokenizer = tokenizer
-        self._now = datetime.combine(today, time()) if today else datetime.now()
+        self._fixed_date = today
         self._special_tokens = dict(tokenizer.special_tokens_map)
         self.variables = variables
         for name in _SET_BY_RENDERING & self.variables.keys():
@@ -64,6 +64,10 @@ class ChatTemplate:
     def date(self) -> str | None:
         """Return the date that the template prints (ISO 8601), or None if it prints none."""
         return self._now.date().isoformat() if "strftime_now" in str(self._tokenizer.chat_template) else None
+
+    @property
+    def _now(self) -> datetime:
+        return datetime.combine(self._fixed_date or datetime.now(), time())
 
     def source_for(self, tools: list[dict[str, Any]] | None) -> str:
         """Return the template of rows with or without tools; models may have one for each."""

@@ -133,7 +133,7 @@ class Renderer:
             whole_text: True to train on every token instead of the answers only.
             turns: auto: every turn in its own context; last: only the last turn; all: every turn, in one sequence.
             variables: Variables of the template (`chat_template_kwargs`).
-            today: Date that the template prints, if it prints one; None: the date of this call.
+            today: Date that the template prints, if it prints one; None: the date of each rendering.
         """
         self._tokenizer = tokenizer
         self._whole_text = whole_text

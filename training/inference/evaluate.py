@@ -186,7 +186,7 @@ def read_questions(
         whole_text=False,
         turns="last",
         variables=trained.config.chat_template_kwargs,
-        today=date.fromisoformat(dated.day) if dated else None,
+        today=date.fromisoformat(dated.day) if dated else date.today(),
     )
     limit = _max_tokens(trained)
     questions: list[Question] = []

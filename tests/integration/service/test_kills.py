@@ -23,10 +23,10 @@ import requests
 from cookbooks.quickstart.word_problems import TRAIN_KINDS, write_problems
 from runs.layout import RESULT_FILE
 from runs.reading import best, committed
-from service.layout import run_uri
+from service.layout import run_store
 from tests.support.served import OPENAI, Served, free_port, served
 from tests.support.service import write_service
-from utils.storage.bucket import EMBEDDED_BUCKET, open_store
+from utils.storage.bucket import EMBEDDED_BUCKET
 from utils.storage.s3 import S3Store
 
 GRID = bool(os.environ.get("SERVICE_GRID"))
@@ -177,7 +177,7 @@ class Site:
         return self.ask("GET", f"/fine_tuning/jobs/{job_id}")
 
     def run(self, job_id: str) -> Any:
-        return open_store(run_uri(S3Store(self.storage), "default", job_id))
+        return run_store(S3Store(self.storage), "default", job_id)
 
     def wait_for(self, job_id: str, stage: str) -> None:
         """Wait until a job has reached a stage."""

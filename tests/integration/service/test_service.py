@@ -24,10 +24,10 @@ from cookbooks.quickstart.word_problems import TRAIN_KINDS, write_problems
 from runs.reading import read_result
 from service.config import load_service
 from service.keys import create_key
-from service.layout import run_uri
+from service.layout import run_store
 from tests.support.jobs import PROJECT, environment, error_of, run_main
-from tests.support.ray_cluster import ray_cluster
-from tests.support.served import OPENAI, PREFERENCE_CLIENT, Served, run_client, served
+from tests.support.ray_cluster import RayCluster, ray_cluster
+from tests.support.served import OPENAI, PREFERENCE_CLIENT, Served, free_port, run_client, served
 from tests.support.service import Api, write_service
 from tests.support.shown_commands import service_commands
 from tests.support.wandb_files import history_of, wandb_records
@@ -175,31 +175,118 @@ class Other:
 
 ray.init(log_to_driver=False)
 if sys.argv[1] == "start":
-    serve.start(proxy_location="Disabled")
+    port = int(sys.argv[2])
+    http_options = {"host": "127.0.0.1", "port": port}
+    serve.start(proxy_location="EveryNode" if port else "Disabled", http_options=http_options if port else None)
     serve.run(Other.bind(), name="other", route_prefix="/other")
 print(sorted(serve.status().applications), serve.get_app_handle("other").answer.remote().result())
 """
 
 
+def other_application(cluster: RayCluster, action: str, port: int = 0) -> str:
+    """Start an application beside the service, or ask it; return what it printed.
+
+    Args:
+        cluster: The cluster that it runs on.
+        action: "start" or "ask".
+        port: With "start": port of Serve's proxies; 0: Serve starts without proxies.
+    """
+    command = [sys.executable, "-c", OTHER_APPLICATION, action, str(port)]
+    variables = environment() | cluster.variables
+    done = subprocess.run(command, env=variables, cwd=PROJECT, stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout.splitlines()[-1]
+
+
+def failed_serve(config: Path, variables: dict[str, str], port: int | None = None) -> str:
+    """Return the error output of a service that does not start."""
+    command = [str(PROJECT / "main.py"), "serve", str(config), "--port", str(port or free_port())]
+    done = subprocess.run(
+        [sys.executable, *command],
+        env=environment() | variables,
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
 @pytest.mark.slow
 def test_stopped_service_leaves_other_applications_running(tmp_path: Path, bucket_uri: str, tiny_model: Path):
     config = write_service(tmp_path, bucket_uri, str(tiny_model), {"output_dir": str(tmp_path / "scratch")})
-
-    def other(action: str) -> str:
-        command = [sys.executable, "-c", OTHER_APPLICATION, action]
-        variables = environment() | cluster.variables
-        done = subprocess.run(
-            command, env=variables, cwd=PROJECT, stdout=subprocess.PIPE, text=True, check=True
-        )
-        return done.stdout.splitlines()[-1]
-
+    port = free_port()
     with ray_cluster(3) as cluster:
-        assert other("start") == "['other'] still here"
-        with served(config, variables=cluster.variables) as service:
-            assert other("ask") == "['fine-tuning', 'other'] still here"
+        assert other_application(cluster, "start", port) == "['other'] still here"
+        with served(config, port, variables=cluster.variables) as service:
+            assert other_application(cluster, "ask") == "['fine-tuning', 'other'] still here"
+            headers = {"Authorization": f"Bearer {service.key}"}
+            models = httpx.get(f"{service.base_url}/models", headers=headers).json()["data"]
+            assert [model["id"] for model in models] == ["tiny"]
             service.process.send_signal(signal.SIGTERM)
             assert service.process.wait(120) == 128 + signal.SIGTERM
-        assert other("ask") == "['other'] still here"
+        assert other_application(cluster, "ask") == "['other'] still here"
+
+
+@pytest.mark.slow
+def test_service_that_cannot_start_is_an_error_and_leaves_no_application(
+    tmp_path: Path, bucket_uri: str, tiny_model: Path
+):
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    good.mkdir()
+    bad.mkdir()
+    config = write_service(good, bucket_uri, str(tiny_model), {"output_dir": str(tmp_path / "scratch")})
+    with ray_cluster(3) as cluster:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            error = failed_serve(config, cluster.variables, port)
+        assert f"Serve cannot start the service at host: 127.0.0.1, port: {port}" in error, error
+        assert other_application(cluster, "start") == "['other'] still here"
+        error = failed_serve(config, cluster.variables)
+        assert "host: 127.0.0.1, port: " in error
+        assert "already runs" in error
+        assert other_application(cluster, "ask") == "['other'] still here"
+        vllm = write_service(
+            bad, bucket_uri, str(tiny_model), models={"tiny": {"config": "base.yaml", "engine": "vllm"}}
+        )
+        error = failed_serve(vllm, cluster.variables | {"ANNEAL_VLLM_PYTHON": "/none/python"})
+        assert "engine: vllm: /none/python does not exist" in error, error
+        missing = write_service(bad, bucket_uri, f"{bucket_uri}/none")
+        error = failed_serve(missing, cluster.variables)
+        assert f"engine-tiny: utils.storage.store.NotFoundError: {bucket_uri}/none" in error, error
+        assert other_application(cluster, "ask") == "['other'] still here"
+
+
+@pytest.mark.slow
+def test_engine_without_its_resources_is_an_error(tmp_path: Path, bucket_uri: str, tiny_model: Path):
+    models = {"tiny": {"config": "base.yaml", "resources": {"GPU": 1, "licence": 1}}}
+    config = write_service(tmp_path, bucket_uri, str(tiny_model), models=models)
+    error = failed_serve(config, {"CUDA_VISIBLE_DEVICES": ""})
+    assert "tiny need {GPU: 1}, but this machine has 0" in error
+
+
+@pytest.mark.slow
+def test_signal_stops_a_service_that_waits_for_resources(tmp_path: Path, bucket_uri: str, tiny_model: Path):
+    models = {"tiny": {"config": "base.yaml", "resources": {"licence": 1}}}
+    config = write_service(tmp_path, bucket_uri, str(tiny_model), models=models)
+    command = [sys.executable, str(PROJECT / "main.py"), "serve", str(config), "--port", str(free_port())]
+    with ray_cluster(3) as cluster:
+        assert other_application(cluster, "start") == "['other'] still here"
+        variables = environment() | cluster.variables
+        process = subprocess.Popen(command, env=variables, cwd=PROJECT, process_group=0)
+        try:
+            deadline = time.monotonic() + 120
+            while "fine-tuning" not in other_application(cluster, "ask"):
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 128 + signal.SIGTERM
+        finally:
+            process.kill()
+            process.wait()
+        assert other_application(cluster, "ask") == "['other'] still here"
 
 
 @pytest.mark.slow
@@ -263,7 +350,7 @@ def test_100_clients_that_poll_a_job_get_no_server_error(
             assert not any(status >= 500 for status in answered), answered
             record = api.get(f"/v1/fine_tuning/jobs/{job}")
             assert record["status"] == "succeeded", record
-            run = S3Store(run_uri(S3Store(bucket_uri), "default", job))
+            run = run_store(S3Store(bucket_uri), "default", job)
             result = read_result(run)
             assert result
             speeds.append((result.tokens_per_second, result.elapsed_seconds, len(answered)))

@@ -357,7 +357,7 @@ def test_unexpected_error_in_one_job_ends_only_that_job(
     broken, other = (red.create_job(file, seed=seed)["id"] for seed in range(2))
     acted = []
 
-    def act(project: str, job: Record, driver: Any, room: Any) -> None:
+    def act(project: str, job: Record, driver: Any, free: Any) -> None:
         acted.append(job["id"])
         if job["id"] == broken:
             raise KeyError("a bug")

@@ -1,7 +1,8 @@
 """Prompts of requests are the renderings of training, and call forms are read from the chat template."""
 
 import json
-from typing import Any
+from datetime import datetime, tzinfo
+from typing import Any, Self
 
 import pytest
 
@@ -78,6 +79,22 @@ def test_variables_of_the_request_override_those_of_the_model(tokenizer: Any):
     question = [{"role": "user", "content": "Hi"}]
     assert " calm" in tokenizer.decode(form.encode(asked(question)))
     assert " merry" in tokenizer.decode(form.encode(asked(question, mood=" merry")))
+
+
+def test_prompt_has_the_date_of_the_request(tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
+    class Clock(datetime):
+        number = 1
+
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Self:
+            return cls(2026, 1, cls.number, 23, 59, tzinfo=tz)
+
+    monkeypatch.setattr("training.data.chat_template.datetime", Clock)
+    form = make_format(tokenizer, "{{ strftime_now('%Y-%m-%d') }} " + CHAT_TEMPLATE)
+    question = asked([{"role": "user", "content": "Hi"}])
+    assert tokenizer.decode(form.encode(question)).startswith("2026-01-01")
+    Clock.number = 2
+    assert tokenizer.decode(form.encode(question)).startswith("2026-01-02")
 
 
 @pytest.mark.parametrize(

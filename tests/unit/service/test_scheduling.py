@@ -93,6 +93,17 @@ def test_port_in_use_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             serve_command(path, port, dry_run=False, as_json=False)
 
 
+def test_deepspeed_file_of_this_machine_is_an_error_on_a_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    path = write_service(tmp_path, "s3://bucket/service", base={"deepspeed": {"config_path": "zero.json"}})
+    with pytest.raises(
+        ServiceError, match=r"models\.tiny\.config: deepspeed\.config_path: .*zero\.json.*preset"
+    ):
+        serve_command(path, None, dry_run=True, as_json=False)
+
+
 def test_missing_service_yaml_is_an_error(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"none\.yaml"):
         load_service(tmp_path / "none.yaml")

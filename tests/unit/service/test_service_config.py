@@ -7,11 +7,13 @@ import pytest
 import yaml
 
 from configs.loading import ConfigError, load_config
-from configs.schema import FinetuneConfig
+from configs.schema import DeepspeedFile, FinetuneConfig
 from service.config import BaseModelSettings, load_service
 from service.job_config import JobConfigError, check_settings, resolve_hyperparameters, training_config
+from service.vllm_engine import vllm_python
 from tests.support.jobs import PROJECT
 from tests.support.service import write_service
+from tests.support.tiny_model import CHAT_TEMPLATE
 
 PATHS = {"train": "s3://b/train.jsonl", "valid": None, "storage": "s3://b/runs", "publish": None}
 
@@ -33,6 +35,61 @@ def test_service_yaml_has_absolute_paths(tmp_path: Path, monkeypatch: pytest.Mon
     assert service.config.port == 9
     assert service.config.models["tiny"].config == str(tmp_path / "base.yaml")
     assert service.bases["tiny"].config.model_id == str(tmp_path / "weights/x/y")
+
+
+def test_local_paths_of_the_base_are_valid_in_every_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    template = CHAT_TEMPLATE + "{# a comment #}"
+    (tmp_path / "chat.jinja").write_text(template)
+    base = {
+        "chat_template": "chat.jinja",
+        "deepspeed": {"config_path": "zero.json"},
+        "initial_base_model_ckpt_path": "weights/base/1",
+        "initial_adapter_model_ckpt_path": "weights/adapter/1",
+        "lora_config": None,
+    }
+    monkeypatch.chdir(tmp_path)
+    path = write_service(tmp_path, "s3://bucket/service", base=base)
+    config = load_service(path).bases["tiny"].config
+    assert config.chat_template == template
+    assert config.deepspeed == DeepspeedFile(config_path=str(tmp_path / "zero.json"))
+    assert config.initial_base_model_ckpt_path == str(tmp_path / "weights/base/1")
+    assert config.initial_adapter_model_ckpt_path == str(tmp_path / "weights/adapter/1")
+    (tmp_path / "chat.jinja").unlink()
+    with pytest.raises(ConfigError, match=r"service\.yaml:.*models\.tiny\.config.*chat\.jinja"):
+        load_service(path)
+
+
+@pytest.mark.parametrize("uri", ["run:first", "org/adapter", "s3://bucket/adapter"])
+def test_remote_models_of_the_base_are_unchanged(tmp_path: Path, uri: str):
+    base = {"initial_adapter_model_ckpt_path": uri, "lora_config": None}
+    loaded = load_service(write_service(tmp_path, "s3://bucket/service", base=base))
+    assert loaded.bases["tiny"].config.initial_adapter_model_ckpt_path == uri
+
+
+@pytest.mark.parametrize("key", ["load_in_4bit", "trust_remote_code"])
+def test_setting_that_vllm_ignores_is_an_error(tmp_path: Path, key: str):
+    models = {"tiny": {"config": "base.yaml", "engine": "vllm"}}
+    path = write_service(tmp_path, "s3://bucket/service", base={key: True}, models=models)
+    with pytest.raises(
+        ConfigError, match=rf"service\.yaml:\d+: `models\.tiny\.engine`.*`{key}: true`.*base\.yaml"
+    ):
+        load_service(path)
+    write_service(tmp_path, "s3://bucket/service", models=models)
+    assert load_service(path).config.models["tiny"].engine == "vllm"
+
+
+@pytest.mark.parametrize("is_packaged", [True, False])
+def test_missing_python_of_vllm_names_a_fix_that_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_packaged: bool
+):
+    monkeypatch.setenv("ANNEAL_VLLM_PYTHON", str(tmp_path / "python"))
+    if is_packaged:
+        monkeypatch.setattr("service.vllm_engine._PROJECT", tmp_path)
+    with pytest.raises(ConfigError, match=r"python does not exist.*et ANNEAL_VLLM_PYTHON") as raised:
+        vllm_python()
+    assert ("make setup-vllm" in str(raised.value)) is not is_packaged
 
 
 @pytest.mark.parametrize(
