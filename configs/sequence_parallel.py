@@ -56,14 +56,14 @@ EXCLUSIONS: dict[Excluded, Exclusion] = {
     ),
     "other architectures": Exclusion("they have not been tested", _OTHER_MODEL),
     "mixtures of experts and custom code": Exclusion(
-        "a loss that balances experts, and unknown code, would see a part of a sequence alone", _OTHER_MODEL
+        "the loss that balances experts, or custom code, would see only a part of each sequence", _OTHER_MODEL
     ),
     "logit softcapping": Exclusion("PyTorch's flash kernels do not support it", _OTHER_MODEL),
     "RoPE that depends on the length": Exclusion(
         "its frequencies depend on the largest position, which differs between the workers", _OTHER_MODEL
     ),
     "a sliding window shorter than the rows": Exclusion(
-        "without packing in 16 bits on a GPU, it needs a mask of all pairs of tokens",
+        "it needs a mask of all token pairs, except with packing in bf16 on a GPU",
         f"{_WITHOUT}, lower `context_length`, or write `packing: true` and `dtype: bf16` on a GPU",
     ),
     "another N after a resume": Exclusion("the rows of a step would change", "write the N of the checkpoint"),
