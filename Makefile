@@ -165,7 +165,7 @@ bench-service: setup  ## measure chat with the transformers engine against plain
 # vLLM pins other versions of the packages for training. The wheel is installed last and alone: its metadata names torch's vision and
 # audio packages, which text models do not need.
 VLLM := .venv-vllm
-setup-vllm: $(STAMPS)/torch  ## install vLLM into .venv-vllm, for `engine: vllm`
+setup-vllm: $(STAMPS)/torch  ## install vLLM into .venv-vllm, for `engine: vllm` and `export --verify`
 	@test -x $(VLLM)/bin/python || $(BIN)/python -m venv $(VLLM)
 	@$(VLLM)/bin/pip install -qq --disable-pip-version-check --no-input "$(TORCH)+cpu" \
 	  || $(VLLM)/bin/pip install -qq --disable-pip-version-check --no-input --index-url $(CPU_TORCH_INDEX) "$(TORCH)+cpu"

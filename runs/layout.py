@@ -180,7 +180,7 @@ class VllmVerification(_Record):
     mean_difference: float | None = None
     largest_difference: float | None = None
     error: str | None = None
-    """Why vLLM did not load the export; None if it did."""
+    """Why vLLM did not score the rows; None if it did."""
 
 
 class Verification(_Record):

@@ -139,6 +139,7 @@ def recognise(
     prompt_template: str | None = None,
     *,
     unpaired: bool = False,
+    preferred: DataFormat | None = None,
 ) -> DataFormat:
     """Detect the format of a row from its columns that are not null.
 
@@ -148,6 +149,7 @@ def recognise(
         task: The run's task.
         prompt_template: The YAML's prompt_template.
         unpaired: True if a row of preference tuning may be one response with a label.
+        preferred: Format of a row that has the columns of several.
 
     Raises:
         RowError: The task supports no format that matches the row.
@@ -166,7 +168,7 @@ def recognise(
     allowed = (*_FORMATS_OF_TASK[task], *(_UNPAIRED if unpaired else ()))
     if "tokens" in found and "tokens" in allowed and has_loss_column(row):
         return "tokens"
-    for name in found:
+    for name in sorted(found, key=lambda name: name != preferred):
         if name in allowed:
             return name
     has_empty_columns = any(
@@ -474,7 +476,8 @@ def _labelled(chat: Chat, labels: tuple[str, ...]) -> Chat:
     if len(chat.messages) - 1 in chat.untrained:
         raise RowError(
             "wrong weight",
-            "has a label that is excluded from the loss, but only labels are trained. Remove the row, or the weight or mask of its label",
+            "has a label that is excluded from the loss (by a weight or mask, or because no user message precedes it), but only labels are "
+            "trained. Remove the weight or mask, put the text into a user message, or remove the row",
         )
     last = {key: value for key, value in chat.messages[-1].items() if key != "reasoning_content"}
     notes = (*chat.notes, "reasoning of labels is not used") if reasoning else chat.notes

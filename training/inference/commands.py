@@ -278,7 +278,7 @@ def _add_export_arguments(command: ArgumentParser) -> None:
     command.add_argument(
         "--verify",
         action=BooleanOptionalAction,
-        help="compare the export with the model as trained before it is published; default: if memory suffices",
+        help="compare the export with the model as trained before it is published, also in vLLM if it is installed (make setup-vllm); default: if memory suffices, without vLLM",
     )
     command.add_argument(
         "--push",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 from decimal import Decimal
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -267,13 +268,13 @@ def _schema_of(row: dict[str, Any], config: FinetuneConfig, columns: Mapping[str
     """Return how a row is read: as in training, but a run of preference tuning also answers rows without a rating."""
     task: Task = "classification" if config.task == "classification" else "instruction_tuning"
     labels = tuple(config.classifier_config.label_tokens) if config.classifier_config else ()
-    # Questions are no plain texts, tokens or pairs, whatever the run was trained on.
-    given = None if config.data_format in ("auto", "text", "tokens", "preference") else config.data_format
+    preferred = None if config.data_format == "auto" else config.data_format
+    detect = partial(recognise, row, columns, prompt_template=config.prompt_template, preferred=preferred)
     if config.task == "preference_tuning":
-        found = given or recognise(row, columns, config.task, config.prompt_template, unpaired=True)
+        found = detect(task=config.task, unpaired=True)
         if found == "preference" or flag_of(rating_of(row, columns)) is not None:
             return RowSchema(config.task, found, columns, config.prompt_template, labels, unpaired=True)
-    found = given or recognise(row, columns, task, config.prompt_template)
+    found = detect(task=task)
     return RowSchema(task, found, columns, config.prompt_template, labels)
 
 

@@ -209,7 +209,9 @@ def _check_same(written: Export, planned: Export, store: Store, rewritten: Colle
 
 def _lacks_verification(written: Export) -> bool:
     verified = written.verification
-    return verified is None or (verified.vllm is None and python_of_vllm().exists())
+    if verified is None:
+        return True
+    return python_of_vllm().is_file() and (verified.vllm is None or verified.vllm.error is not None)
 
 
 def _verify_in_place(
@@ -227,7 +229,7 @@ def _verify_in_place(
     notes = [note for note in written.notes if not note.startswith(_NOT_VERIFIED)]
     unverified = written.model_copy(update={"notes": notes})
     verified = _verified(
-        trained, unverified, settings, directory, progress, f"{written.uri} remains unverified."
+        trained, unverified, settings, directory, progress, f"{written.uri} and its record are unchanged."
     )
     card = _card(trained, verified, _sampling_settings(directory)).to_markdown().encode()
     record = FileRecord(path=_CARD, size=len(card), checksum=checksum_bytes(card))
@@ -320,7 +322,7 @@ def _verified(
             )
         note = f"{_NOT_VERIFIED}, which requires {reason}."
         return planned.model_copy(update={"notes": [*planned.notes, note]})
-    in_vllm = settings.verify is True and python_of_vllm().exists()
+    in_vllm = settings.verify is True and python_of_vllm().is_file()
     try:
         verification = verify_export(trained, planned, directory, in_vllm=in_vllm, progress=progress)
     except ModelError as error:

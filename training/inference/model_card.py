@@ -201,7 +201,7 @@ def _describe_vllm(verified: VllmVerification | None) -> str:
     if verified is None:
         return ""
     if verified.error is not None:
-        return f"; vLLM did not load it ({verified.error})"
+        return f"; vLLM did not score it ({verified.error})"
     return (
         f"; in vLLM {verified.version}: {verified.mean_difference:.2g} on average and at most "
         f"{verified.largest_difference:.2g}"

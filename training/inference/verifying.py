@@ -25,6 +25,7 @@ from training.inference.vllm_environment import RANKS, python_of_vllm, variables
 from training.models.architecture import build_on_meta_device
 from training.models.files import ModelError, read_adapter_facts
 from training.models.torch_provider import DTYPES, attach_adapter, load_weights, peft_config
+from utils.errors import first_line
 from utils.storage.bucket import open_store
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ _FEWEST_NATS = 1e-5  # rounding of fp32 itself, which depends on the order of a 
 _MEAN_LIMIT, _LARGEST_LIMIT = 2, 8
 _NO_POWER_OF_TWO = 4 / 3
 _VLLM_SECONDS = 1800
-_ERROR = re.compile(r"^(?:\[rank\d+\]: )?((?:\w+\.)*\w+(?:Error|Exception): .+)$", re.MULTILINE)
+_ERROR = re.compile(r"^(?:\[rank\d+\]: )?((?:\w+\.)*\w+(?:Error|Exception)(?:: .+)?)$", re.MULTILINE)
 _VLLM_CACHE_GIGABYTES = 1
 
 
@@ -164,19 +165,22 @@ def _compare_in_vllm(
     with tempfile.TemporaryDirectory() as temporary:
         question, answer = Path(temporary) / "rows.json", Path(temporary) / "scores.json"
         question.write_text(json.dumps(asked), "utf-8")
-        done = subprocess.run(
-            [str(python_of_vllm()), str(vllm_scores.__file__), str(question), str(answer)],
-            env=variables_of_vllm(_VLLM_CACHE_GIGABYTES),
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-            stdin=subprocess.DEVNULL,
-            timeout=_VLLM_SECONDS,
-        )
+        try:
+            done = subprocess.run(
+                [str(python_of_vllm()), str(vllm_scores.__file__), str(question), str(answer)],
+                env=variables_of_vllm(_VLLM_CACHE_GIGABYTES),
+                capture_output=True,
+                text=True,
+                errors="replace",
+                check=False,
+                stdin=subprocess.DEVNULL,
+                timeout=_VLLM_SECONDS,
+            )
+        except (subprocess.TimeoutExpired, OSError) as error:
+            return VllmVerification(error=first_line(error))
         if done.returncode != 0:
-            # vLLM cannot load every architecture, and a GPU may be in use: that says nothing about the export.
-            return VllmVerification(error=_last_error(done.stderr))
+            # vLLM cannot load every architecture, and memory may be short: that says nothing about the export.
+            return VllmVerification(error=f"exit code {done.returncode}: {_last_error(done.stderr)}")
         found = json.loads(answer.read_text("utf-8"))
     scores = torch.tensor(found["scores"])
     difference = (scores - expected).abs()
@@ -195,7 +199,7 @@ def _compare_in_vllm(
 
 def _last_error(output: str) -> str:
     """Return the last error that a program's output names, or its last line."""
-    found = _ERROR.findall(output) or output.split("\n") or ["no output"]
+    found = _ERROR.findall(output) or output.strip().splitlines() or ["no output"]
     return found[-1].strip()
 
 

@@ -1,8 +1,8 @@
 """A program for vLLM's Python: the log-probabilities that vLLM gives to the tokens of rows.
 
 Its arguments are two files. The first has JSON with `model`, `tokenizer` and `adapter` (directories; no adapter: null), `rank` (for
---max-lora-rank), `trust_remote_code` and `rows` (lists of token ids). The program writes JSON to the second: `version` of vLLM, and `scores`, the
-log-probability of each next token of all rows in nats.
+--max-lora-rank), `trust_remote_code` and `rows` (lists of token ids). The program writes JSON to the second: `version` of vLLM, and
+`scores`, the log-probability of each next token of all rows in nats.
 """
 
 import json
@@ -19,7 +19,12 @@ def main() -> None:
     )
     import vllm  # pyright: ignore[reportMissingImports]
     from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
+    from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 
+    if not current_platform.is_cpu():
+        sys.exit(
+            "vLLM's kernels for GPUs compute in 16 bits or TF32; install its CPU build with `make setup-vllm`"
+        )
     asked = json.loads(Path(sys.argv[1]).read_text())
     rows: list[list[int]] = asked["rows"]
     lora: dict[str, Any] = {}
