@@ -117,7 +117,7 @@ def test_quickstart_lowers_the_eval_loss_and_shown_commands_work(tmp_path: Path)
     shown_run_commands = run_commands(COMMANDS)
     assert {shown[0] for shown in shown_run_commands} == set(COMMANDS)
     substitutes = {"both.png": str(tmp_path / "both.png"), "exported": str(tmp_path / "exported")}
-    substitutes["s3://my-bucket/loras"] = str(tmp_path / "loras")
+    substitutes["s3://my-bucket/loras"] = "s3://anneal/loras"
     substitutes |= {"run:NAME": f"run:{result['run_name']}", "run:OTHER": f"run:{result['run_name']}-other"}
     substitutes["64"] = "4"  # tokens per answer: 64 take minutes on two cores
     for shown in shown_run_commands:
