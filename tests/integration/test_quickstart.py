@@ -7,7 +7,9 @@ import subprocess
 import sys
 import textwrap
 import threading
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -27,7 +29,11 @@ REJECTED = {"stop": "nothing to stop", "remove": "--yes"}
 """What the commands that change a run say of this one: it is completed, and its removal is not confirmed."""
 COPY_SNIPPET = textwrap.dedent(COOKBOOK.partition("python -c '")[2].partition("'\n")[0])
 """The first snippet of Python in the quickstart's README, which copies a checkpoint out of the embedded bucket."""
+SHORT_COMMANDS = [("runs", "s3://anneal/runs"), ("show", "run:NAME")]
+"""Shown commands that take seconds."""
 GIGABYTE = 10**9
+
+pytestmark = pytest.mark.timeout(900)
 
 
 class ProcessTreeMemory:
@@ -60,12 +66,25 @@ class ProcessTreeMemory:
         return self.peak_bytes
 
 
-@pytest.mark.timeout(900)
-def test_quickstart_lowers_the_eval_loss_and_shown_commands_work(tmp_path: Path):
-    """The eval loss falls on problem types that the training data does not contain, in less than 8 GB of memory."""
+@dataclass(frozen=True)
+class Trained:
+    """A shortened run of the quickstart."""
+
+    variables: dict[str, str]
+    """Environment with a bucket of its own."""
+    directory: Path
+    result: dict[str, Any]
+    peak_bytes: int
+    """Peak memory of all its processes."""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Train a quarter of the quickstart's steps, with half of its validation rows."""
+    directory = tmp_path_factory.mktemp("quickstart")
     variables = environment() | {
-        STATE_VARIABLE: str(tmp_path / "bucket"),
-        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        STATE_VARIABLE: str(directory / "bucket"),
+        "XDG_CACHE_HOME": str(directory / "cache"),
     }
     prepared = subprocess.run(
         [sys.executable, "cookbooks/quickstart/prepare.py"],
@@ -77,7 +96,6 @@ def test_quickstart_lowers_the_eval_loss_and_shown_commands_work(tmp_path: Path)
     )
     assert prepared.returncode == 0, prepared.stderr
     process = subprocess.Popen(
-        # A quarter of the quickstart's steps and half of its validation rows.
         command(YAML, "max_steps=8", "max_valid_rows=16", "--json"),
         cwd=PROJECT,
         env=variables,
@@ -89,26 +107,39 @@ def test_quickstart_lowers_the_eval_loss_and_shown_commands_work(tmp_path: Path)
     output, errors = process.communicate()
     peak = memory.stop()
     assert process.returncode == 0, errors
-    result = json.loads(output.splitlines()[-1])
+    return Trained(variables, directory, json.loads(output.splitlines()[-1]), peak)
+
+
+def test_quickstart_lowers_the_eval_loss(trained: Trained):
+    """The eval loss falls on problem types that the training data does not contain, in less than 8 GB of memory."""
+    result = trained.result
     first, last = result["eval_losses"][0]["eval_loss"], result["eval_losses"][-1]["eval_loss"]
     print(
-        f"\neval loss {first:.4f} -> {last:.4f}, {result['elapsed_seconds']:.0f} s, {peak / GIGABYTE:.2f} GB"
+        f"\neval loss {first:.4f} -> {last:.4f}, {result['elapsed_seconds']:.0f} s, {trained.peak_bytes / GIGABYTE:.2f} GB"
     )
     assert last < 0.85 * first
-    assert 0 < peak < 8 * GIGABYTE
+    assert 0 < trained.peak_bytes < 8 * GIGABYTE
     assert all(Path(log).exists() for log in result["log_files"])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv(STATE_VARIABLE, trained.variables[STATE_VARIABLE])
+        with embedded_bucket():
+            files = {item.key for item in open_store(result["run_uri"]).list()}
+    assert {"config.yaml", "metrics.jsonl", "result.json", "eval_loss.png", "report.html"} <= files
+    for shown in SHORT_COMMANDS:
+        _run_shown(shown, trained)
+    assert not _remaining_processes(trained.directory), "processes of the run are still alive"
 
+
+@pytest.mark.slow
+def test_shown_commands_work(trained: Trained, tmp_path: Path):
+    result, variables = trained.result, trained.variables
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv(STATE_VARIABLE, variables[STATE_VARIABLE])
         with embedded_bucket():
-            run = open_store(result["run_uri"])
-            files = {item.key for item in run.list()}
-            other = open_store(f"{result['run_uri']}-other")
-            for file in files:
-                if not file.startswith("checkpoints/"):
-                    other.write(file, run.read(file))
-    assert {"config.yaml", "metrics.jsonl", "result.json", "eval_loss.png", "report.html"} <= files
-
+            run, other = open_store(result["run_uri"]), open_store(f"{result['run_uri']}-other")
+            for item in run.list():
+                if not item.key.startswith("checkpoints/"):
+                    other.write(item.key, run.read(item.key))
     for shown in quickstart_commands():
         checked = shown if "--print-config" in shown else (*shown, "--dry-run")
         yaml = Path(shutil.copy(PROJECT / checked[0], tmp_path))
@@ -116,18 +147,8 @@ def test_quickstart_lowers_the_eval_loss_and_shown_commands_work(tmp_path: Path)
         assert finished.exit_code == 0, (shown, finished.errors)
     shown_run_commands = run_commands(COMMANDS)
     assert {shown[0] for shown in shown_run_commands} == set(COMMANDS)
-    substitutes = {"both.png": str(tmp_path / "both.png"), "exported": str(tmp_path / "exported")}
-    substitutes["s3://my-bucket/loras"] = "s3://anneal/loras"
-    substitutes |= {"run:NAME": f"run:{result['run_name']}", "run:OTHER": f"run:{result['run_name']}-other"}
-    substitutes["64"] = "4"  # tokens per answer: 64 take minutes on two cores
     for shown in shown_run_commands:
-        arguments = [substitutes.get(argument, argument) for argument in shown]
-        finished = run_command_quickly(arguments, tmp_path / "shown.txt", variables=variables)
-        if shown[0] in REJECTED:
-            assert (finished.exit_code, REJECTED[shown[0]] in finished.errors) == (2, True), finished.errors
-            continue
-        assert finished.exit_code == 0, (shown, finished.errors)
-        assert finished.output.strip() if shown[0] == "chat" else result["run_name"] in finished.output
+        _run_shown(shown, trained)
     copied = subprocess.run(
         [
             sys.executable,
@@ -144,7 +165,22 @@ def test_quickstart_lowers_the_eval_loss_and_shown_commands_work(tmp_path: Path)
     )
     assert copied.returncode == 0, copied.stderr
     assert (Path(copied.stdout.strip()) / "adapter_model.safetensors").exists()
-    assert not _remaining_processes(tmp_path), "processes of the run are still alive"
+
+
+def _run_shown(shown: tuple[str, ...], trained: Trained) -> None:
+    """Run a command that a page shows, on the trained run."""
+    name, directory = trained.result["run_name"], trained.directory
+    substitutes = {"both.png": str(directory / "both.png"), "exported": str(directory / "exported")}
+    substitutes |= {"s3://my-bucket/loras": "s3://anneal/loras"}
+    substitutes |= {"run:NAME": f"run:{name}", "run:OTHER": f"run:{name}-other"}
+    substitutes["64"] = "4"  # tokens per answer: 64 take minutes on two cores
+    arguments = [substitutes.get(argument, argument) for argument in shown]
+    finished = run_command_quickly(arguments, directory / "shown.txt", variables=trained.variables)
+    if shown[0] in REJECTED:
+        assert (finished.exit_code, REJECTED[shown[0]] in finished.errors) == (2, True), finished.errors
+        return
+    assert finished.exit_code == 0, (shown, finished.errors)
+    assert finished.output.strip() if shown[0] == "chat" else name in finished.output
 
 
 def _remaining_processes(directory: Path) -> list[str]:

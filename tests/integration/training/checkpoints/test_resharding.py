@@ -92,6 +92,7 @@ def check_same(outcome: Outcome, undisturbed: Outcome, *, bf16: bool = False) ->
         torch.testing.assert_close(outcome.final[name], state, rtol=0, atol=1e-3 if bf16 else 1e-6, msg=name)
 
 
+@pytest.mark.slow
 def test_engine_resumes_on_one_worker_from_the_checkpoint_of_two(engines: Engines):
     engines.train([FAST])
     check_same(engines[FAST], engines[saving(FAST)])

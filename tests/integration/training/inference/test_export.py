@@ -27,6 +27,7 @@ from tests.support.trained_runs import store_adapter_run, store_full_run
 from training.checkpoints.weights import fetch_weights
 from training.data.records import Chat
 from training.data.renderer import Renderer
+from training.inference.vllm_environment import PYTHON_VARIABLE
 from training.models.files import is_tokenizer_file
 from training.models.tokenizer import load_tokenizer
 from training.planning import exportable
@@ -36,6 +37,12 @@ from utils.storage.bucket import Store, open_store
 from utils.storage.embedded_bucket import EmbeddedBucket
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+
+
+@pytest.fixture(autouse=True)
+def without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verify without vLLM, even where it is installed: test_vllm_exports.py starts it."""
+    monkeypatch.setenv(PYTHON_VARIABLE, "/nonexistent/python")
 
 
 @pytest.fixture
@@ -474,6 +481,7 @@ def test_damaged_checkpoint_or_missing_base_raises_an_error_with_its_path(
     assert_names(error_of(run_command("export", run)), str(deleted_model), "--base")
 
 
+@pytest.mark.slow
 def test_base_names_the_base_model_that_has_moved(
     run_command: RunCommand, storage: Store, tiny_model: Path, scratch: dict[str, str], tmp_path: Path
 ):

@@ -142,6 +142,7 @@ def test_merge_holds_one_copy_of_the_model_and_one_module_in_fp32(tmp_path: Path
 # --- The table of docs/adapters.md --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_documentation_lists_the_uses_of_each_kind_of_adapter(models: dict[str, Path]):
     """Rejected cells are errors of the plan. test_adapter, test_adapter_kinds, this file and test_vllm_exports test the others."""
     lines = "\n".join(table(models))

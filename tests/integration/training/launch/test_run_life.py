@@ -100,6 +100,7 @@ def eval_loss_of(model: Any, tokenizer: Any, rows: Path) -> float:
     return total / count
 
 
+@pytest.mark.slow
 def test_lora_run_reads_from_and_writes_to_the_bucket(
     files: Path, bucket: EmbeddedBucket, bucket_uri: str, tmp_path: Path
 ):

@@ -374,6 +374,7 @@ def test_each_storage_error_names_its_cause(own_bucket: str, monkeypatch: pytest
         check_readable(own_bucket)
 
 
+@pytest.mark.slow
 def test_unresponsive_endpoint_raises_an_error_within_seconds(
     own_bucket: str, monkeypatch: pytest.MonkeyPatch
 ):

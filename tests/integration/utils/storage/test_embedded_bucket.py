@@ -152,6 +152,7 @@ def test_concurrent_users_share_one_server(state_dir: Path):
         assert len({read_endpoint(process) for process in (first, second, third)}) == 1
 
 
+@pytest.mark.slow
 def test_user_that_starts_during_a_stop_gets_a_new_server(state_dir: Path):
     with embedded_bucket(state_dir) as first:
         stopping, watcher = pids(state_dir)
