@@ -16,8 +16,9 @@ from typing import Any
 
 from rich.console import Console
 
+from configs.loading import load_config
 from configs.schema import DeepspeedFile
-from service.config import LoadedService, load_service
+from service.config import LoadedService, ServiceConfig, load_service
 from service.keys import create_first_key, create_key, list_keys, revoke_keys
 from training.launch.answering import check_cluster_answers
 from training.models.kernels import is_installed
@@ -43,7 +44,8 @@ DEFAULT_SERVICE = Path("cookbooks/fine_tuning_service/service.yaml")
 DEFAULT_PROJECT = "default"
 _STOP_SECONDS = 600
 _ANSWER_SECONDS = 60
-"""Seconds until a proxy of Serve must answer."""
+"""Seconds until a proxy of Serve on this machine must answer."""
+_HEALTH_SECONDS = 20  # /healthz waits about 10 s for a bucket that does not answer
 _POLL_SECONDS = 0.2
 
 
@@ -172,12 +174,13 @@ def warn_about_address(host: str, progress: Console) -> None:
 
 
 def _check_deepspeed(service: LoadedService) -> None:
-    """Reject DeepSpeed files of this machine: jobs run on the cluster's nodes, which do not have them."""
+    """Reject relative paths of DeepSpeed files: jobs run in other directories, on nodes that may not have the files."""
     for name, base in service.bases.items():
-        if isinstance(base.config.deepspeed, DeepspeedFile):
+        written = load_config(base.path).config.deepspeed  # `service.bases` has absolute paths
+        if isinstance(written, DeepspeedFile) and not Path(written.config_path).is_absolute():
             raise ServiceError(
-                f"models.{name}.config: deepspeed.config_path: {base.config.deepspeed.config_path} is on this machine, but jobs run on the "
-                f"cluster. Use a preset, such as deepspeed: zero_2, in {base.path}"
+                f"models.{name}.config: deepspeed.config_path: {written.config_path} is a relative path, but jobs run on the cluster's nodes. "
+                f"Use a preset, such as deepspeed: zero_2, or an absolute path that every node has, in {base.path}"
             )
 
 
@@ -215,6 +218,8 @@ class _Run:
         self._service, self._target, self._as_json = service, target, as_json
         self._output, self._progress = output, progress
         self._stop = threading.Event()
+        self._is_deployed = False
+        """The application on the cluster belongs to this process, which removes it at the end."""
 
     def run(self) -> int:
         """Start the service, wait for a signal and stop it; return the exit code."""
@@ -224,41 +229,41 @@ class _Run:
             self._write("starting Ray and the service")
             import ray
             from ray import serve
-            from ray.serve.schema import ServeStatus
 
             from service.app import APP_NAME
+            from training.loop.ray_internals import client_of_serve
 
             _connect(self._target, self._service)
             received = record_signals(then=self._stop.set)
             try:
                 if self._target.is_local:
                     _check_resources(self._service)
-                was_running = serve.status() != ServeStatus()
+                running = client_of_serve()
+                if running is not None:
+                    _check_http_options(config, running)
                 try:
-                    self._deploy(was_running=was_running)
+                    self._deploy()
                     if not self._stop.is_set():
                         self._announce(create_first_key(S3Store(config.storage_path), DEFAULT_PROJECT))
                     self._stop.wait()
                     self._write("stopping: running jobs commit a checkpoint; the same command continues them")
                 finally:
-                    if APP_NAME in serve.status().applications:
+                    if self._is_deployed and APP_NAME in serve.status().applications:
                         serve.delete(APP_NAME)
-                    if not was_running and not serve.status().applications:
+                    if running is None and not serve.status().applications:
                         serve.shutdown()
-                    _stop_drivers(received)
+                    if self._is_deployed:
+                        _stop_drivers(received)
             finally:
                 ray.shutdown()
                 restore_handlers()
         return 128 + received[0] if received else 0
 
-    def _deploy(self, *, was_running: bool) -> None:
+    def _deploy(self) -> None:
         """Deploy the application, and wait until it answers or a signal arrives.
 
-        Args:
-            was_running: Serve already ran on the cluster; it then ignores other HTTP options.
-
         Raises:
-            ServiceError: A replica does not start, or the service does not answer at its address.
+            ServiceError: Ray rejects the application, a replica does not start, or the bucket does not answer the replicas.
         """
         from ray import serve
         from ray.exceptions import RayError
@@ -269,8 +274,9 @@ class _Run:
         from service.app import APP_NAME, build
 
         config, is_local = self._service.config, self._target.is_local
-        application = build(self._service, behind_proxies=not is_local)
+        replaces = APP_NAME in serve.status().applications
         try:
+            application = build(self._service, behind_proxies=not is_local)
             serve.start(
                 proxy_location="Disabled" if is_local else "EveryNode",
                 http_options=HTTPOptions(host=config.host, port=config.port),
@@ -281,40 +287,55 @@ class _Run:
                 wait_for_ingress_deployment_creation=False,
                 wait_for_applications_running=False,
             )
-        except (RayError, RayServeException, TimeoutError) as error:
+        except (RayError, RayServeException, TimeoutError, ValueError) as error:
             raise ServiceError(
                 f"Serve cannot start the service at host: {config.host}, port: {config.port}: {_last_line(str(error))}"
             ) from error
+        # A service that already ran, and its jobs, must survive an update that fails.
+        self._is_deployed = not replaces
         while not self._stop.wait(_POLL_SECONDS):
-            found = serve.status().applications[APP_NAME]
+            found = serve.status().applications.get(APP_NAME)
+            if found is None:
+                raise ServiceError(
+                    f"another process deleted the application {APP_NAME} while it started. Start the service again"
+                )
             if found.status == ApplicationStatus.DEPLOY_FAILED:
                 raise ServiceError(f"the service cannot start. {_reason(found)}")
             if found.status == ApplicationStatus.RUNNING:
                 break
         if not is_local:
-            self._wait_for_answer(was_running=was_running)
+            self._wait_for_answer()
+        self._is_deployed = True
 
-    def _wait_for_answer(self, *, was_running: bool) -> None:
-        """Wait until a proxy of Serve answers at the service's address."""
+    def _wait_for_answer(self) -> None:
+        """Wait until a proxy of Serve answers at the service's address; print a warning if this machine has none.
+
+        Raises:
+            ServiceError: The service answers, but the bucket does not answer the service.
+        """
         import httpx
 
         config, deadline = self._service.config, time.monotonic() + _ANSWER_SECONDS
         while not self._stop.is_set():
             try:
-                if httpx.get(f"{self._url}/healthz", timeout=5, trust_env=False).is_success:
-                    return
+                status = httpx.get(
+                    f"{self._url}/healthz", timeout=_HEALTH_SECONDS, trust_env=False
+                ).status_code
             except httpx.TransportError:
-                pass
+                status = None
+            if status == httpx.codes.OK:
+                return
             if time.monotonic() > deadline:
-                where = (
-                    f"the service does not answer at host: {config.host}, port: {config.port} of this machine"
+                if status == httpx.codes.SERVICE_UNAVAILABLE:
+                    raise ServiceError(
+                        f"storage_path: {config.storage_path}: the bucket does not answer the service. Check that the cluster's nodes can "
+                        "connect to the bucket and have its credentials"
+                    )
+                self._write(
+                    f"warning: the service does not answer at host: {config.host}, port: {config.port} of this machine. It answers on the "
+                    "nodes that have a proxy of Serve; `serve status` lists them"
                 )
-                raise ServiceError(
-                    f"{where}, because Serve already runs on the cluster with other HTTP options. Write its host and port into the "
-                    "service YAML, or stop it with `serve shutdown`"
-                    if was_running
-                    else f"{where}. Check that Serve's proxies can listen there, and run this command on a node with a proxy"
-                )
+                return
             self._stop.wait(_POLL_SECONDS)
 
     @property
@@ -372,6 +393,23 @@ def _connect(target: ClusterTarget, service: LoadedService) -> None:
             runtime_env=environment,
         )
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+
+
+def _check_http_options(config: ServiceConfig, running: Any) -> None:
+    """Check that a running Serve, which keeps its HTTP options, listens at the service's address.
+
+    Args:
+        config: The service YAML.
+        running: Client of the running Serve.
+    """
+    where = f"the service cannot listen at host: {config.host}, port: {config.port}: Serve already runs on the cluster"
+    if running.get_serve_details()["proxy_location"] == "Disabled":
+        raise ServiceError(f"{where} without proxies. Stop it with `serve shutdown`")
+    has = running.http_config
+    if (has.host, has.port) != (config.host, config.port):
+        raise ServiceError(
+            f"{where} at host: {has.host}, port: {has.port}. Write these into the service YAML, or stop it with `serve shutdown`"
+        )
 
 
 def _check_resources(service: LoadedService) -> None:

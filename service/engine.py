@@ -168,6 +168,8 @@ def engine_deployment(base: str, settings: BaseModelSettings, config: FinetuneCo
     resources = dict(settings.resources)
     cpus, gpus = resources.pop("CPU", None), resources.pop("GPU", 0)
     options: dict[str, Any] = {"num_cpus": 1 if cpus is None else cpus, "num_gpus": gpus}
+    if "memory" in resources:
+        options["memory"] = resources.pop("memory")
     if resources:
         options["resources"] = resources
     deployment: Any = serve.deployment(

@@ -4,12 +4,12 @@ import asyncio
 import secrets
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -25,23 +25,27 @@ from service.records import Record, Slice
 from service.requests import PageQuery
 from utils.storage.s3 import UPLOAD_PART_BYTES, S3Store, StreamedUpload
 
+T = TypeVar("T")
+
 PURPOSE, RESULTS_PURPOSE = "fine-tune", "fine-tune-results"
 _PARTS_AT_A_TIME = 3
-_MAX_UPLOADS = 100
-"""Uploads that one replica receives at a time. Each has up to 8 MB that are not sent yet, and 3 parts of 8 MB on their way."""
+_MAX_UPLOADS, _MAX_UPLOADS_OF_PROJECT = 100, 50
+"""Uploads that one replica receives at a time. Each has up to 8 MB that are not sent yet, and 3 parts of 8 MB on their way.
+One project must not take the slots of all others."""
 _SILENCE_SECONDS = 60.0
 _MAX_FIELD_BYTES = 4096
 _MAX_PARTS = 16
 _READ_BYTES = 4 * 1024 * 1024
 _DELETED = "deleted/"
-"""Prefix of the markers of files that were just deleted, by which a repeated deletion is recognized."""
+"""Prefix of the markers of files that were just deleted, by which a repeated deletion is recognized. Their keys contain the hour of
+the deletion, so that a listing shows which are old."""
 _ORPHAN_SECONDS = 3600.0
 """Age at which a content without a record is an orphan: much longer than a request waits for the bucket or is repeated."""
 
 
 @cache
-def _upload_threads() -> anyio.CapacityLimiter:
-    """Return the limiter of threads that write parts: a slow bucket must not take the threads that answer other requests."""
+def _content_threads() -> anyio.CapacityLimiter:
+    """Return the limiter of threads of uploads and downloads: a slow bucket must not take the threads of other requests."""
     return anyio.CapacityLimiter(64)
 
 
@@ -53,11 +57,11 @@ class Files:
 
         Args:
             store: The service's storage path, for requests that must be answered soon.
-            contents: The same path, for uploads: their data is lost if the bucket is given up too early.
+            contents: The same path, for uploads and downloads: they are lost if the bucket is given up too early.
             limits: Limits of the service.
         """
         self._store, self._contents, self._limits = store, contents, limits
-        self._uploads = 0
+        self._uploads: Counter[str] = Counter()
 
     async def create(self, caller: Caller, request: Request) -> Record:
         """Stream an upload into the bucket and return its record."""
@@ -69,7 +73,7 @@ class Files:
         name = f"{secrets.token_hex(12)}.jsonl"
         key = content_key(caller.project, name)
         parser = _Upload(request, self._limits.file_bytes, self._too_large)
-        with self._upload_place():
+        with self._upload_slot(caller.project):
             upload = await parser.stream_to(self._contents, key)
         try:
             purpose = upload.fields.get("purpose")
@@ -93,10 +97,9 @@ class Files:
             "purpose": purpose,
             "content": name,
         }
-        return await anyio.to_thread.run_sync(
-            lambda: files_of(self._store, caller.project).append(
-                lambda identifier: {"id": identifier, **record}
-            )
+        return await _in_content_thread(
+            files_of(self._contents, caller.project).append,
+            lambda identifier: {"id": identifier, **record},
         )
 
     def get(self, project: str, file_id: str) -> Record:
@@ -115,11 +118,12 @@ class Files:
             wanted=lambda record: purpose in (None, record["purpose"]),
         )
 
-    def content(self, project: str, record: Record) -> Iterator[bytes]:
+    async def content(self, project: str, record: Record) -> AsyncIterator[bytes]:
         """Yield the content of a file in blocks."""
         key = content_key(project, record["content"])
         for start in range(0, record["bytes"], _READ_BYTES):
-            yield self._store.read_range(key, start, min(_READ_BYTES, record["bytes"] - start))
+            length = min(_READ_BYTES, record["bytes"] - start)
+            yield await _in_content_thread(self._contents.read_range, key, start, length)
 
     def delete(self, project: str, file_id: str, *, is_retry: bool) -> None:
         """Delete a file; raise an ApiError if it does not exist or an unfinished job needs it.
@@ -129,10 +133,10 @@ class Files:
             file_id: Id of the file.
             is_retry: The client repeats a request whose answer it lost, so the file may have been deleted already.
         """
-        records = files_of(self._store, project)
-        marker = f"{_DELETED}{project}/{file_id}"
+        records, hour = files_of(self._store, project), _hour()
+        markers = [_deletion_marker(project, file_id, each) for each in (hour, hour - 1)]
         if is_retry and records.is_id(file_id) and records.get(file_id) is None:
-            if self._store.read_if_exists(marker) is None:
+            if all(self._store.read_if_exists(marker) is None for marker in markers):
                 raise not_found("File object", file_id)
             return
         self.get(project, file_id)
@@ -143,27 +147,31 @@ class Files:
                 raise invalid(
                     f"The file is used by the unfinished job {job['id']}. Cancel the job first.", "file_id"
                 )
-        self._store.write(marker, b"")
+        self._store.write(markers[0], b"")
         record = records.remove(file_id)
         if record is not None:
             self._store.delete([content_key(project, record["content"])])
 
     @contextmanager
-    def _upload_place(self) -> Iterator[None]:
-        """Count an upload; raise an ApiError if this replica receives too many already."""
-        if self._uploads >= _MAX_UPLOADS:
+    def _upload_slot(self, project: str) -> Iterator[None]:
+        """Count an upload; raise an ApiError if this replica receives too many already, of all projects or of this one."""
+        is_full = self._uploads.total() >= _MAX_UPLOADS
+        if is_full or self._uploads[project] >= _MAX_UPLOADS_OF_PROJECT:
+            many = (
+                f"{_MAX_UPLOADS} uploads" if is_full else f"{_MAX_UPLOADS_OF_PROJECT} uploads of the project"
+            )
             raise ApiError(
                 status=429,
-                message=f"The service receives {_MAX_UPLOADS} uploads already. Upload the file again.",
+                message=f"The service receives {many} already. Upload the file again.",
                 type="rate_limit_error",
                 code="rate_limit_exceeded",
                 headers={"Retry-After": "5"},
             )
-        self._uploads += 1
+        self._uploads[project] += 1
         try:
             yield
         finally:
-            self._uploads -= 1
+            self._uploads[project] -= 1
 
     def _check_stored_bytes(self, project: str) -> None:
         stored = sum(item.size for item in self._store.list(content_key(project)))
@@ -186,22 +194,29 @@ class Files:
 
 def delete_orphans(store: S3Store) -> None:
     """Delete contents without a record, which killed uploads and deletions have left, and old markers of deleted files."""
-    _delete_old(store, [item.key for item in store.list(_DELETED)])
+    last_hour = f"{_DELETED}{_hour() - 1:08d}"
+    store.delete([item.key for item in store.list(_DELETED) if item.key < last_hour])
     contents: dict[str, list[str]] = {}
     for item in store.list("content/"):
         contents.setdefault(item.key.split("/")[1], []).append(item.key)
     for project, keys in contents.items():
         found = files_of(store, project).slice(after=None, limit=sys.maxsize)
         known = {content_key(project, record["content"]) for record in found.records} if found else set()
-        _delete_old(store, [key for key in keys if key not in known])
+        orphans = [key for key in keys if key not in known]
+        store.delete([key for key in orphans if (store.age(key) or 0.0) > _ORPHAN_SECONDS])
 
 
-def _delete_old(store: S3Store, keys: list[str]) -> None:
-    store.delete([key for key in keys if (store.age(key) or 0.0) > _ORPHAN_SECONDS])
+def _hour() -> int:
+    return int(time.time() // 3600)
 
 
-async def _in_upload_thread(call: Callable[..., None], *arguments: Any) -> None:
-    await anyio.to_thread.run_sync(call, *arguments, limiter=_upload_threads())
+def _deletion_marker(project: str, file_id: str, hour: int) -> str:
+    """Return the key of the marker of a file that was deleted in this hour since 1970."""
+    return f"{_DELETED}{hour:08d}/{project}/{file_id}"
+
+
+async def _in_content_thread(call: Callable[..., T], *arguments: Any) -> T:
+    return await anyio.to_thread.run_sync(call, *arguments, limiter=_content_threads())
 
 
 def file_body(record: Record) -> dict[str, Any]:
@@ -256,7 +271,7 @@ class _Upload:
             await self._send_parts(upload, running)
         except BaseException as error:
             await asyncio.gather(*running, return_exceptions=True)
-            await _in_upload_thread(upload.abort)
+            await _in_content_thread(upload.abort)
             if isinstance(error, FormParserError):
                 raise invalid(f"The multipart form cannot be parsed: {str(error)[:200]}") from error
             if isinstance(error, UnicodeDecodeError):
@@ -277,12 +292,12 @@ class _Upload:
                 with memoryview(self._rest) as view:  # a slice would copy the part twice
                     part = bytes(view[:UPLOAD_PART_BYTES])
                 del self._rest[:UPLOAD_PART_BYTES]
-                running.append(asyncio.create_task(_in_upload_thread(upload.put, number, part)))
+                running.append(asyncio.create_task(_in_content_thread(upload.put, number, part)))
                 number += 1
         self._check_complete()
         while running:
             await running.popleft()
-        await _in_upload_thread(upload.complete, bytes(self._rest))
+        await _in_content_thread(upload.complete, bytes(self._rest))
 
     async def _blocks(self) -> AsyncIterator[bytes]:
         """Yield the body; raise an ApiError if the client is silent for too long."""

@@ -6,7 +6,6 @@ a list of 20 with at most four, however many records exist. A list that selects 
 page is changed by reading it and replacing it only if its ETag is still the same.
 """
 
-import itertools
 import json
 import random
 import re
@@ -23,8 +22,8 @@ from utils.storage.s3 import S3Store
 PAGE_RECORDS = 40
 _LAST_PAGE = 999_999_999
 _GIVE_UP_SECONDS = 60.0
-_SINGLE_PAGES, _PAGES_AT_A_TIME = 3, 16
-"""Pages that a list reads one by one, enough for 20 records, and then at the same time."""
+_PAGES_AT_A_TIME, _SINGLE_PAGES = 16, 2
+"""Pages that a list reads at the same time, and pages that it reads one by one after those that it certainly needs."""
 
 Record = dict[str, Any]
 
@@ -160,16 +159,17 @@ class Records:
             ascending: Oldest first.
             wanted: Selects records.
         """
-        step = 1 if ascending else -1
-        if after is None:
-            newest = self._newest()
-            number = newest if not ascending else (None if newest is None else 0)
-        elif (number := self._page_of(after)) is None:
+        first = None if after is None else self._page_of(after)
+        if after is not None and first is None:
             return None
+        newest = self._newest() if ascending or first is None else first
+        if newest is None:
+            return Slice([], False)
+        numbers = range(first or 0, newest + 1) if ascending else range(newest, -1, -1)
         found: list[Record] = []
-        for page in self._pages(number, step) if number is not None else ():
+        for page in self._pages(numbers, needed=limit // PAGE_RECORDS + 1):
             # `insert` and `append` may give two records the same place, so the id decides between them.
-            records = sorted(page, key=lambda record: self._order_of(record["id"]))[::step]
+            records = sorted(page, key=lambda record: self._order_of(record["id"]))[:: numbers.step]
             if after is not None:
                 order, after = self._order_of(after), None
                 records = [
@@ -186,20 +186,30 @@ class Records:
                 break
         return Slice(found[:limit], len(found) > limit)
 
-    def _pages(self, number: int, step: int) -> Iterator[list[Record]]:
-        """Yield the records of pages, up to the last one; after a few pages, several are read at a time."""
+    def _pages(self, numbers: range, needed: int) -> Iterator[list[Record]]:
+        """Yield the records of pages; several are read at a time where the caller probably needs all of them.
 
-        def read(each: int) -> bytes | None:
-            return self._store.read_if_exists(self._key(each)) if each >= 0 else None
+        Args:
+            numbers: The pages. The first one that does not exist ends them.
+            needed: Pages that the caller certainly needs. After two more, it is looking for rare records.
+        """
 
+        def read(number: int) -> bytes | None:
+            return self._store.read_if_exists(self._key(number))
+
+        done = 0
         with ThreadPoolExecutor(_PAGES_AT_A_TIME, thread_name_prefix="pages") as pool:
-            for place in itertools.count():
-                count = 1 if place < _SINGLE_PAGES else _PAGES_AT_A_TIME
-                for page in pool.map(read, range(number, number + count * step, step)):
+            while done < len(numbers):
+                count = _PAGES_AT_A_TIME
+                if done < needed:
+                    count = min(count, needed - done)
+                elif done < needed + _SINGLE_PAGES:
+                    count = 1
+                for page in pool.map(read, numbers[done : done + count]):
                     if page is None:
                         return
                     yield json.loads(page)
-                number += count * step
+                done += count
 
     def _before(
         self, number: int | None, records: list[Record], existing: Callable[[Record], bool] | None

@@ -425,3 +425,10 @@ def has_node_groups() -> bool:
     """Return whether KubeRay or an autoscaler creates the cluster's nodes, so that nodes may be added."""
     cluster = get_cluster_resource_state(GcsClient(ray.get_runtime_context().gcs_address))
     return any(node.ray_node_type_name for node in cluster.node_states)
+
+
+def client_of_serve() -> Any:
+    """Return the client of the Ray Serve that runs on the cluster, or None. No public function returns its HTTP options."""
+    from ray.serve.context import _get_global_client  # only the service installs ray[serve]
+
+    return _get_global_client(raise_if_no_controller_running=False)

@@ -85,8 +85,8 @@ def begin_upload(api: Api, content: bytes) -> socket.socket:
 
 def test_slow_uploads_do_not_delay_other_uploads(apis: list[Api]):
     with ExitStack() as stack:
-        for _ in range(80):
-            stack.enter_context(begin_upload(apis[0], b"x" * 1000))
+        for number in range(80):
+            stack.enter_context(begin_upload(apis[number % 2], b"x" * 1000))
         answer = apis[0].request("GET", "/v1/files")
         assert answer.status_code == 200
         began = time.monotonic()
@@ -95,16 +95,21 @@ def test_slow_uploads_do_not_delay_other_uploads(apis: list[Api]):
 
 
 @pytest.mark.timeout(60)
-def test_uploads_at_a_time_are_limited(apis: list[Api], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("service.files._MAX_UPLOADS", 2)
+@pytest.mark.parametrize(("limit", "of_others"), [("_MAX_UPLOADS", 429), ("_MAX_UPLOADS_OF_PROJECT", 200)])
+def test_uploads_at_a_time_are_limited(
+    apis: list[Api], monkeypatch: pytest.MonkeyPatch, limit: str, of_others: int
+):
+    monkeypatch.setattr(f"service.files.{limit}", 2)
+    red, blue = apis
     with ExitStack() as stack:
-        while (answer := upload_once(apis[0])).status_code == 200:
-            stack.enter_context(begin_upload(apis[0], b"x"))
+        while (answer := upload_once(red)).status_code == 200:
+            stack.enter_context(begin_upload(red, b"x"))
             time.sleep(0.2)
         assert (answer.status_code, answer.json()["error"]["code"]) == (429, "rate_limit_exceeded")
         assert answer.headers["retry-after"] == "5"
-        apis[0].get("/v1/files")
-    while (answer := upload_once(apis[0])).status_code == 429:
+        red.get("/v1/files")
+        assert upload_once(blue).status_code == of_others
+    while (answer := upload_once(red)).status_code == 429:
         time.sleep(0.1)
     assert answer.status_code == 200
 

@@ -175,23 +175,20 @@ class Other:
 
 ray.init(log_to_driver=False)
 if sys.argv[1] == "start":
-    port = int(sys.argv[2])
-    http_options = {"host": "127.0.0.1", "port": port}
-    serve.start(proxy_location="EveryNode" if port else "Disabled", http_options=http_options if port else None)
+    serve.start(proxy_location="EveryNode", http_options={"host": "127.0.0.1", "port": int(sys.argv[2])})
     serve.run(Other.bind(), name="other", route_prefix="/other")
 print(sorted(serve.status().applications), serve.get_app_handle("other").answer.remote().result())
 """
 
 
-def other_application(cluster: RayCluster, action: str, port: int = 0) -> str:
+def other_application(cluster: RayCluster, *arguments: str) -> str:
     """Start an application beside the service, or ask it; return what it printed.
 
     Args:
         cluster: The cluster that it runs on.
-        action: "start" or "ask".
-        port: With "start": port of Serve's proxies; 0: Serve starts without proxies.
+        arguments: "start" and the port of Serve's proxies, or "ask".
     """
-    command = [sys.executable, "-c", OTHER_APPLICATION, action, str(port)]
+    command = [sys.executable, "-c", OTHER_APPLICATION, *arguments]
     variables = environment() | cluster.variables
     done = subprocess.run(command, env=variables, cwd=PROJECT, stdout=subprocess.PIPE, text=True, check=True)
     return done.stdout.splitlines()[-1]
@@ -219,7 +216,7 @@ def test_stopped_service_leaves_other_applications_running(tmp_path: Path, bucke
     config = write_service(tmp_path, bucket_uri, str(tiny_model), {"output_dir": str(tmp_path / "scratch")})
     port = free_port()
     with ray_cluster(3) as cluster:
-        assert other_application(cluster, "start", port) == "['other'] still here"
+        assert other_application(cluster, "start", str(port)) == "['other'] still here"
         with served(config, port, variables=cluster.variables) as service:
             assert other_application(cluster, "ask") == "['fine-tuning', 'other'] still here"
             headers = {"Authorization": f"Bearer {service.key}"}
@@ -228,6 +225,33 @@ def test_stopped_service_leaves_other_applications_running(tmp_path: Path, bucke
             service.process.send_signal(signal.SIGTERM)
             assert service.process.wait(120) == 128 + signal.SIGTERM
         assert other_application(cluster, "ask") == "['other'] still here"
+
+
+@pytest.mark.slow
+def test_start_that_fails_leaves_a_running_service(tmp_path: Path, bucket_uri: str, tiny_model: Path):
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    good.mkdir()
+    bad.mkdir()
+    config = write_service(good, bucket_uri, str(tiny_model), {"output_dir": str(tmp_path / "scratch")})
+    port = free_port()
+    with ray_cluster(3) as cluster, served(config, port, variables=cluster.variables) as service:
+        headers = {"Authorization": f"Bearer {service.key}"}
+
+        def models() -> list[str]:
+            answer = httpx.get(f"{service.base_url}/models", headers=headers, timeout=60)
+            return [model["id"] for model in answer.json()["data"]]
+
+        error = failed_serve(config, cluster.variables)
+        assert f"Serve already runs on the cluster at host: 127.0.0.1, port: {port}" in error
+        rejected = {"tiny": {"config": "base.yaml", "resources": {"object_store_memory": 1}}}
+        error = failed_serve(
+            write_service(bad, bucket_uri, str(tiny_model), models=rejected), cluster.variables, port
+        )
+        assert "object_store_memory" in error
+        assert models() == ["tiny"]
+        error = failed_serve(write_service(bad, bucket_uri, f"{bucket_uri}/none"), cluster.variables, port)
+        assert f"engine-tiny: utils.storage.store.NotFoundError: {bucket_uri}/none" in error, error
+        assert models() == ["tiny"]
 
 
 @pytest.mark.slow
@@ -243,18 +267,18 @@ def test_service_that_cannot_start_is_an_error_and_leaves_no_application(
             port = taken.getsockname()[1]
             error = failed_serve(config, cluster.variables, port)
         assert f"Serve cannot start the service at host: 127.0.0.1, port: {port}" in error, error
-        assert other_application(cluster, "start") == "['other'] still here"
+        port = free_port()
+        assert other_application(cluster, "start", str(port)) == "['other'] still here"
         error = failed_serve(config, cluster.variables)
-        assert "host: 127.0.0.1, port: " in error
-        assert "already runs" in error
+        assert f"Serve already runs on the cluster at host: 127.0.0.1, port: {port}" in error
         assert other_application(cluster, "ask") == "['other'] still here"
         vllm = write_service(
             bad, bucket_uri, str(tiny_model), models={"tiny": {"config": "base.yaml", "engine": "vllm"}}
         )
-        error = failed_serve(vllm, cluster.variables | {"ANNEAL_VLLM_PYTHON": "/none/python"})
+        error = failed_serve(vllm, cluster.variables | {"ANNEAL_VLLM_PYTHON": "/none/python"}, port)
         assert "engine: vllm: /none/python does not exist" in error, error
         missing = write_service(bad, bucket_uri, f"{bucket_uri}/none")
-        error = failed_serve(missing, cluster.variables)
+        error = failed_serve(missing, cluster.variables, port)
         assert f"engine-tiny: utils.storage.store.NotFoundError: {bucket_uri}/none" in error, error
         assert other_application(cluster, "ask") == "['other'] still here"
 
@@ -271,9 +295,10 @@ def test_engine_without_its_resources_is_an_error(tmp_path: Path, bucket_uri: st
 def test_signal_stops_a_service_that_waits_for_resources(tmp_path: Path, bucket_uri: str, tiny_model: Path):
     models = {"tiny": {"config": "base.yaml", "resources": {"licence": 1}}}
     config = write_service(tmp_path, bucket_uri, str(tiny_model), models=models)
-    command = [sys.executable, str(PROJECT / "main.py"), "serve", str(config), "--port", str(free_port())]
+    port = str(free_port())
+    command = [sys.executable, str(PROJECT / "main.py"), "serve", str(config), "--port", port]
     with ray_cluster(3) as cluster:
-        assert other_application(cluster, "start") == "['other'] still here"
+        assert other_application(cluster, "start", port) == "['other'] still here"
         variables = environment() | cluster.variables
         process = subprocess.Popen(command, env=variables, cwd=PROJECT, process_group=0)
         try:

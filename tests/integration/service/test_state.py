@@ -27,7 +27,7 @@ from tests.support.served import free_port
 from tests.support.service import Api, rows, running_api, write_service
 from utils.storage.bucket import BucketError
 from utils.storage.embedded_bucket import EmbeddedBucket
-from utils.storage.s3 import S3Store
+from utils.storage.s3 import RetryPolicy, S3Store
 
 RETRY = {"x-stainless-retry-count": "1"}
 RESULT = {
@@ -168,6 +168,33 @@ def test_list_that_selects_records_reads_pages_at_the_same_time(
     assert (reads, most) == (3, 1)
 
 
+@pytest.mark.parametrize("ascending", [True, False])
+@pytest.mark.parametrize(
+    ("after", "limit", "pages"),
+    [(None, 100, 3), (9, 100, 3), (39, 100, 4), (370, 100, 1), (9, 10_000, 10), (0, 20, 1)],
+)
+def test_plain_list_reads_only_pages_that_it_returns(
+    store: S3Store,
+    monkeypatch: pytest.MonkeyPatch,
+    after: int | None,
+    limit: int,
+    pages: int,
+    ascending: bool,
+):
+    records, read = files_of(store, "red"), store.read_if_exists
+    stored = [[f"file-{number:07x}{place:04x}{0:013x}" for place in range(1, 41)] for number in range(10)]
+    for number, ids in enumerate(stored):
+        records._write(number, [{"id": each} for each in ids], None)
+    ordered = [each for ids in stored for each in ids][:: 1 if ascending else -1]
+    keys: list[str] = []
+    monkeypatch.setattr(store, "read_if_exists", lambda key: keys.append(key) or read(key))
+    found = records.slice(after=None if after is None else ordered[after], limit=limit, ascending=ascending)
+    assert found
+    begin = 0 if after is None else after + 1
+    assert [record["id"] for record in found.records] == ordered[begin : begin + limit]
+    assert len(keys) == pages
+
+
 def test_paused_job_keeps_its_files_and_is_counted(red: Api, store: S3Store, scheduling: Scheduler):
     file = red.upload(rows())["id"]
     job_id = red.create_job(file)["id"]
@@ -229,15 +256,24 @@ def test_contents_without_a_record_are_deleted_once_they_are_old(
     assert [item.size for item in store.list("content/")] == [file["bytes"]]
 
 
-def test_marker_of_a_deleted_file_is_deleted_once_it_is_old(
+def test_markers_of_deleted_files_are_deleted_after_an_hour(
     red: Api, store: S3Store, monkeypatch: pytest.MonkeyPatch
 ):
-    red.delete(f"/v1/files/{red.upload(rows())['id']}")
+    hour = 500_000
+    monkeypatch.setattr(files, "_hour", lambda: hour)
+    paths = [f"/v1/files/{red.upload(rows())['id']}" for _ in range(3)]
+    for path in paths:
+        red.delete(path)
+    hour += 1
     files.delete_orphans(store)
-    assert len(store.list("deleted/")) == 1
-    monkeypatch.setattr(files, "_ORPHAN_SECONDS", -10.0)
+    assert [red.request("DELETE", path, headers=RETRY).status_code for path in paths] == [200] * 3
+    hour += 1
+    aged: list[str] = []
+    monkeypatch.setattr(store, "age", aged.append)
     files.delete_orphans(store)
     assert store.list("deleted/") == []
+    assert aged == []  # each would be a request
+    assert red.request("DELETE", paths[0], headers=RETRY).status_code == 404
 
 
 def test_marks_of_a_long_job_have_a_limit_and_keep_their_order():
@@ -302,6 +338,21 @@ def test_bucket_that_does_not_answer_is_503(tmp_path: Path, monkeypatch: pytest.
     assert answer.headers["retry-after"]
     assert answer.headers["x-request-id"]
     assert time.monotonic() - began < 30
+
+
+def test_short_outage_neither_loses_an_upload_nor_truncates_a_download(
+    tmp_path: Path, bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch
+):
+    uri = set_up_own_bucket(monkeypatch, bucket, "outages")
+    monkeypatch.setattr("service.api.REQUEST", RetryPolicy(silence=10, failing=0))
+    with bucket_proxy(bucket.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+        with running_api(load_service(write_service(tmp_path, f"{uri}/{tmp_path.name}"))) as (red,):
+            proxy.faults.append(Fault("reject", "PUT", key="/files/999999999.json", times=3))
+            file = red.upload(rows())["id"]
+            proxy.faults.append(Fault("reject", key=".jsonl", times=3))
+            assert red.request("GET", f"/v1/files/{file}/content").content == rows()
+    assert [fault.times_injected for fault in proxy.faults] == [3, 3]
 
 
 @pytest.mark.slow

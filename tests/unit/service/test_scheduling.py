@@ -10,7 +10,7 @@ from rich.console import Console
 
 from configs.loading import ConfigError
 from service import scheduler
-from service.commands import ServiceError, serve_command, warn_about_address
+from service.commands import ServiceError, _check_deepspeed, serve_command, warn_about_address
 from service.config import load_service
 from service.drivers import Needs
 from service.job_config import JobConfigError
@@ -102,6 +102,11 @@ def test_deepspeed_file_of_this_machine_is_an_error_on_a_cluster(
         ServiceError, match=r"models\.tiny\.config: deepspeed\.config_path: .*zero\.json.*preset"
     ):
         serve_command(path, None, dry_run=True, as_json=False)
+
+
+def test_deepspeed_file_with_an_absolute_path_is_accepted_on_a_cluster(tmp_path: Path):
+    base = {"deepspeed": {"config_path": "/shared/zero.json"}}
+    _check_deepspeed(load_service(write_service(tmp_path, "s3://bucket/service", base=base)))
 
 
 def test_missing_service_yaml_is_an_error(tmp_path: Path):

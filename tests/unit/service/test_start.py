@@ -1,0 +1,151 @@
+"""The start of the service: errors and warnings before it is ready, without a cluster."""
+
+import io
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray import serve
+from ray.serve.config import HTTPOptions
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ServeStatus
+from rich.console import Console
+
+# It is slow to import, so not within a test.
+import service.transformers_engine  # noqa: F401
+from service.app import APP_NAME
+from service.commands import ServiceError, _check_http_options, _Run
+from service.config import load_service
+from service.engine import engine_deployment
+from tests.support.served import free_port
+from tests.support.service import write_service
+from training.planning.endpoints import ClusterTarget
+
+FAILED = ServeStatus(
+    applications={
+        APP_NAME: ApplicationStatusOverview(ApplicationStatus.DEPLOY_FAILED, "no such model", 0.0, {})
+    }
+)
+
+
+def start(tmp_path: Path, port: int = 8000, **keys: Any) -> tuple[_Run, io.StringIO]:
+    """Return a start of the service that has not begun, and the text that it prints."""
+    printed = io.StringIO()
+    console = Console(file=printed)
+    service = load_service(write_service(tmp_path, "s3://bucket/service", **keys), port)
+    return _Run(service, ClusterTarget(None), console, console, as_json=False), printed
+
+
+@pytest.fixture
+def deployed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Serve accept every application without a cluster."""
+    for name in ("start", "run_many"):
+        monkeypatch.setattr(serve, name, lambda *_, **__: None)
+
+
+def engine_with(**resources: Any) -> dict[str, Any]:
+    return {"tiny": {"config": "base.yaml", "resources": resources}}
+
+
+def test_engine_reserves_memory(tmp_path: Path):
+    run, _ = start(tmp_path, models=engine_with(memory="16GiB", licence=1))
+    service = run._service
+    engine: Any = engine_deployment("tiny", service.config.models["tiny"], service.bases["tiny"].config)
+    options = engine._bound_deployment.ray_actor_options
+    assert (options["memory"], options["resources"]) == (16 * 2**30, {"licence": 1})
+
+
+def test_resources_that_ray_rejects_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(serve, "status", ServeStatus)
+    run, _ = start(tmp_path, models=engine_with(object_store_memory=1))
+    with pytest.raises(ServiceError, match="object_store_memory"):
+        run._deploy()
+    assert not run._is_deployed
+
+
+@pytest.mark.usefixtures("deployed")
+def test_application_that_another_process_deletes_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(serve, "status", ServeStatus)
+    run, _ = start(tmp_path)
+    with pytest.raises(ServiceError, match=f"deleted the application {APP_NAME}"):
+        run._deploy()
+
+
+@pytest.mark.usefixtures("deployed")
+@pytest.mark.parametrize("already_runs", [True, False])
+def test_failed_start_removes_only_its_own_application(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, already_runs: bool
+):
+    statuses = iter([FAILED if already_runs else ServeStatus(), FAILED])
+    monkeypatch.setattr(serve, "status", lambda: next(statuses))
+    run, _ = start(tmp_path)
+    with pytest.raises(ServiceError, match="no such model"):
+        run._deploy()
+    assert run._is_deployed is not already_runs
+
+
+@pytest.mark.parametrize(
+    ("location", "host", "port", "error"),
+    [
+        ("EveryNode", "127.0.0.1", 8000, None),
+        ("EveryNode", "0.0.0.0", 8000, "at host: 0.0.0.0, port: 8000"),
+        ("HeadOnly", "127.0.0.1", 8001, "at host: 127.0.0.1, port: 8001"),
+        ("Disabled", "127.0.0.1", 8000, "without proxies"),
+    ],
+)
+def test_running_serve_must_listen_at_the_address(
+    tmp_path: Path, location: str, host: str, port: int, error: str | None
+):
+    options = HTTPOptions(host=host, port=port)
+    running = SimpleNamespace(http_config=options, get_serve_details=lambda: {"proxy_location": location})
+    config = start(tmp_path)[0]._service.config
+    if error is None:
+        _check_http_options(config, running)
+    else:
+        with pytest.raises(ServiceError, match=f"port: 8000: Serve already runs on the cluster {error}"):
+            _check_http_options(config, running)
+
+
+@contextmanager
+def answering(status: int) -> Iterator[int]:
+    """Answer every request with this status; yield the port."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1]
+        server.shutdown()
+
+
+def test_bucket_that_does_not_answer_the_service_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("service.commands._ANSWER_SECONDS", 0.1)
+    with answering(503) as port:
+        run, _ = start(tmp_path, port)
+        with pytest.raises(ServiceError, match="s3://bucket/service: the bucket does not answer"):
+            run._wait_for_answer()
+
+
+def test_machine_without_a_proxy_prints_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("service.commands._ANSWER_SECONDS", 0.1)
+    port = free_port()
+    run, printed = start(tmp_path, port)
+    run._wait_for_answer()
+    assert f"warning: the service does not answer at host: 127.0.0.1, port: {port}" in printed.getvalue()
+    with answering(200) as port:
+        run, printed = start(tmp_path, port)
+        run._wait_for_answer()
+    assert printed.getvalue() == ""
