@@ -36,7 +36,13 @@ from service.errors import ApiError
 from service.least_recently_used import LeastRecentlyUsed
 from training.checkpoints.store import read_manifest
 from training.data.prompting import stop_tokens
-from training.inference.vllm_environment import PYTHON_VARIABLE, RANKS, python_of_vllm, variables_of_vllm
+from training.inference.vllm_environment import (
+    LARGEST_RANK,
+    PYTHON_VARIABLE,
+    max_lora_rank,
+    python_of_vllm,
+    variables_of_vllm,
+)
 from training.planning.exportable import check_vllm_adapter
 from training.planning.paths import make_scratch_directory
 from utils.errors import AnnealError
@@ -45,6 +51,7 @@ from utils.processes import die_with
 _PROJECT = Path(__file__).resolve().parents[1]
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _CACHE_GIGABYTES = 2
+_RANK_WITHOUT_LORA = 16  # the base YAML sets no ranks, jobs do
 _START_SECONDS = 1800
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -322,11 +329,11 @@ def _rejected(content: bytes) -> ApiError:
 
 def _max_rank(config: FinetuneConfig) -> int:
     lora = config.lora_config
-    wanted = max([lora.r, *(lora.rank_pattern or {}).values()]) if lora else RANKS[1]
-    rank = next((rank for rank in RANKS if rank >= wanted), None)
+    wanted = max([lora.r, *(lora.rank_pattern or {}).values()]) if lora else _RANK_WITHOUT_LORA
+    rank = max_lora_rank(wanted)
     if rank is None:
         raise ConfigError(
-            f"engine: vllm: the largest rank of lora_config is {wanted}, but vLLM supports at most {RANKS[-1]}. Use engine: transformers."
+            f"engine: vllm: the largest rank of lora_config is {wanted}, but vLLM supports at most {LARGEST_RANK}. Use engine: transformers."
         )
     return rank
 

@@ -8,7 +8,7 @@ from configs.loading import flat
 from configs.schema import FinetuneConfig
 from runs.layout import Export, Manifest, MetricsLine, RunResult, Verification, VllmVerification
 from runs.reading import eval_losses_of
-from training.inference.vllm_environment import RANKS
+from training.inference.vllm_environment import max_lora_rank
 from training.models.files import is_hub_id
 
 _TITLES = {
@@ -156,7 +156,7 @@ class Card:
 
     def _usage(self) -> list[str]:
         if self.export.kind == "adapter":
-            most = next((rank for rank in RANKS if rank >= self.rank), self.rank)
+            most = max_lora_rank(self.rank) or self.rank
             commit = f" --revision {self.revision}" if self.revision else ""
             python_commit = f', revision="{self.revision}"' if self.revision else ""
             return [

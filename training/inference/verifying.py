@@ -21,7 +21,7 @@ from runs.layout import DATA_REPORT_FILE, Export, Verification, VllmVerification
 from training.data.prepared import fetch_prepared, rows_of_run
 from training.data.row_index import IGNORED
 from training.inference import vllm_scores
-from training.inference.vllm_environment import RANKS, python_of_vllm, variables_of_vllm
+from training.inference.vllm_environment import max_lora_rank, python_of_vllm, variables_of_vllm
 from training.models.architecture import build_on_meta_device
 from training.models.files import ModelError, read_adapter_facts
 from training.models.torch_provider import DTYPES, attach_adapter, load_weights, peft_config
@@ -158,7 +158,7 @@ def _compare_in_vllm(
         "model": str(base or directory),
         "tokenizer": str(directory),
         "adapter": str(directory) if base else None,
-        "rank": next((allowed for allowed in RANKS if allowed >= rank), rank),
+        "rank": max_lora_rank(rank) or rank,
         "trust_remote_code": trained.config.trust_remote_code,
         "rows": [row.tokens for row in rows],
     }

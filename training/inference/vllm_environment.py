@@ -5,8 +5,9 @@ from pathlib import Path
 
 PYTHON_VARIABLE = "ANNEAL_VLLM_PYTHON"
 """Variable with the Python of the environment; the default is .venv-vllm in the project."""
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM's --max-lora-rank accepts."""
+LARGEST_RANK = _RANKS[-1]
 
 _DEFAULT_PYTHON = Path(__file__).resolve().parents[2] / ".venv-vllm" / "bin" / "python"
 
@@ -14,6 +15,11 @@ _DEFAULT_PYTHON = Path(__file__).resolve().parents[2] / ".venv-vllm" / "bin" / "
 def python_of_vllm() -> Path:
     """Return the Python of vLLM's environment, which may not exist."""
     return Path(os.environ.get(PYTHON_VARIABLE, _DEFAULT_PYTHON))
+
+
+def max_lora_rank(rank: int) -> int | None:
+    """Return the smallest --max-lora-rank for adapters up to a rank, or None if vLLM supports no such rank."""
+    return next((allowed for allowed in _RANKS if allowed >= rank), None)
 
 
 def variables_of_vllm(cache_gigabytes: int) -> dict[str, str]:
