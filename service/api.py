@@ -26,7 +26,8 @@ from service.models import Models, ServedModel
 from service.progress import Progress
 from service.routes import caller_of, file_router, job_router, model_router
 from utils.storage.bucket import BucketError
-from utils.storage.s3 import CHECK, REQUEST, S3Store
+from utils.storage.retries import CHECK, REQUEST
+from utils.storage.s3 import S3Store
 
 _log = logging.getLogger("service")
 

@@ -19,7 +19,8 @@ from utils.storage.embedded_bucket import EMBEDDED_BUCKET, state_directory
 from utils.storage.fsspec_store import PACKAGES, FsspecStore
 from utils.storage.local_store import LocalStore
 from utils.storage.node_cache import NodeCopy
-from utils.storage.s3 import CHECK, WORK, RetryPolicy, S3Store, split_s3, storage_options
+from utils.storage.retries import CHECK, WORK, RetryPolicy
+from utils.storage.s3 import S3Store, split_s3, storage_options
 from utils.storage.store import (
     AlreadyExistsError,
     ChangedError,

@@ -11,9 +11,7 @@ cover the body of a response. When the server reports expired credentials, the c
 import base64
 import hashlib
 import os
-import random
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -26,6 +24,7 @@ from typing import Any, TypeVar
 
 from utils.files import BucketError
 from utils.storage.embedded_bucket import EMBEDDED_BUCKET, embedded_endpoint, state_directory
+from utils.storage.retries import WORK, Attempts, RetryPolicy
 from utils.storage.s3_errors import (
     CHANGED,
     ELSEWHERE,
@@ -51,19 +50,6 @@ from utils.storage.transfer import LARGE_THREADS, SMALL_BYTES, SMALL_THREADS, Ta
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class RetryPolicy:
-    """Timeouts of requests in seconds: maximum silence of the server, and time to keep retrying after a failure."""
-
-    silence: float
-    failing: float
-
-
-WORK = RetryPolicy(silence=30, failing=120)  # a run survives storage that is down for a minute
-CHECK = RetryPolicy(silence=5, failing=2)  # a check answers within about 10 seconds
-REQUEST = RetryPolicy(silence=10, failing=5)  # a request to a service is answered within about 20 seconds
-
-_FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.1, 5.0
 BLOCK_BYTES = 256 * 1024  # read size for response bodies; larger blocks leave the CPU cache and are slower
 UPLOAD_PART_BYTES, _MOST_UPLOAD_PARTS = 8 * 1024 * 1024, 10_000
 _TOKEN_VARIABLE = "AWS_WEB_IDENTITY_TOKEN_FILE"
@@ -264,7 +250,7 @@ class S3Store(Store):
         """See transfer.Source. Continues an interrupted download at the byte where it stopped."""
         from botocore.exceptions import BotoCoreError, ClientError
 
-        end, attempts = start + length, _Attempts(self._retry_policy)
+        end, attempts = start + length, Attempts(self._retry_policy)
         is_whole = start == 0 and length == item.size  # S3 sends a checksum only with a complete object
         with self._errors("download", item.key):
             while True:
@@ -495,7 +481,7 @@ class S3Store(Store):
         """Send a request and read its response, with retries while they may help. Raises botocore's errors."""
         from botocore.exceptions import BotoCoreError, ClientError
 
-        attempts = _Attempts(self._retry_policy)
+        attempts = Attempts(self._retry_policy)
         while True:
             client = self._client()
             try:
@@ -503,7 +489,7 @@ class S3Store(Store):
             except (BotoCoreError, ClientError) as error:
                 self._wait_or_raise(error, attempts, client)
 
-    def _wait_or_raise(self, error: Exception, attempts: "_Attempts", client: Any) -> None:
+    def _wait_or_raise(self, error: Exception, attempts: Attempts, client: Any) -> None:
         from botocore.exceptions import ClientError
 
         if not may_pass(error) or attempts.are_over():
@@ -586,31 +572,6 @@ class _Connection:
 
     client: Any = None
     lock: Lock = field(default_factory=Lock)
-
-
-class _Attempts:
-    """The failed attempts of one operation and the delay after each."""
-
-    def __init__(self, retry_policy: RetryPolicy):
-        self.failed = 0
-        self._retry_policy = retry_policy
-        self._until = 0.0
-        self._delay = _FIRST_DELAY_SECONDS
-
-    def are_over(self) -> bool:
-        return self.failed > 0 and time.monotonic() >= self._until
-
-    def progressed(self) -> None:
-        """Reset the retry time, because data has arrived."""
-        self.failed, self._delay = 0, _FIRST_DELAY_SECONDS
-
-    def wait(self) -> None:
-        """Sleep with exponential backoff and jitter, so that clients do not retry at the same moment."""
-        if not self.failed:
-            self._until = time.monotonic() + self._retry_policy.failing
-        self.failed += 1
-        time.sleep(self._delay * random.uniform(0.5, 1))
-        self._delay = min(2 * self._delay, _LONGEST_DELAY_SECONDS)
 
 
 class _RejectedError(Exception):

@@ -27,7 +27,8 @@ from tests.support.served import free_port
 from tests.support.service import Api, rows, running_api, write_service
 from utils.storage.bucket import BucketError
 from utils.storage.embedded_bucket import EmbeddedBucket
-from utils.storage.s3 import RetryPolicy, S3Store
+from utils.storage.retries import RetryPolicy
+from utils.storage.s3 import S3Store
 
 RETRY = {"x-stainless-retry-count": "1"}
 RESULT = {

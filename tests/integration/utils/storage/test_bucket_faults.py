@@ -28,7 +28,8 @@ from utils.storage.bucket import (
     sync_to_node,
 )
 from utils.storage.embedded_bucket import EmbeddedBucket
-from utils.storage.s3 import RetryPolicy, S3Store
+from utils.storage.retries import RetryPolicy
+from utils.storage.s3 import S3Store
 
 pytestmark = pytest.mark.timeout(120)
 MB = 1024 * 1024
