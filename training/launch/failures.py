@@ -7,12 +7,10 @@ import ray.exceptions
 import ray.train
 
 from training.events import FailureCause, FailureKind
-from training.loop.memory_errors import out_of_memory_line
+from training.loop.memory_errors import out_of_memory_line, out_of_memory_message
 from training.loop.ray_internals import WorkerGroupStartupFailedError, WorkerHealthCheckFailedError
-from training.planning.memory import Saving, describe_savings
+from training.planning.memory import Saving
 from utils.errors import first_line
-
-_MAX_REASON_CHARACTERS = 400
 
 _GUESSES = " Some common causes include:"  # Ray 2.60 appends three
 _LOST_WORKER = (
@@ -61,9 +59,7 @@ def classify(causes: Sequence[FailureCause], savings: Sequence[Saving]) -> str:
     for cause in causes:
         by_kind.setdefault(cause.kind, cause.line)
     if line := by_kind.get("out of memory"):
-        return (
-            f"out of memory: {line[:_MAX_REASON_CHARACTERS].rstrip('.')}. {describe_savings(savings)}".strip()
-        )
+        return out_of_memory_message(line, savings)
     if line := by_kind.get("worker lost"):
         return f"worker lost: {line}"
     return by_kind["error"]

@@ -1,10 +1,14 @@
-"""Recognition of errors for want of memory or shared memory, without importing torch."""
+"""Errors for want of memory or shared memory: how they are recognized, without importing torch, and what users read."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
+from training.planning.memory import Saving, describe_savings
 from utils.errors import first_line
 from utils.files import format_bytes, free_bytes
+
+_MAX_REASON_CHARACTERS = 400
 
 # torch 2.x raises OutOfMemoryError only from its CUDA allocator. Its CPU allocator, the CUDA driver and NCCL raise RuntimeErrors.
 _TORCH_OUT_OF_MEMORY = re.compile(
@@ -32,6 +36,11 @@ def out_of_memory_line(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError) and (failed := _TORCH_OUT_OF_MEMORY.search(text)):
         return failed[0].strip()
     return None
+
+
+def out_of_memory_message(line: str, savings: Sequence[Saving]) -> str:
+    """Return the message of a run without enough memory: its cause, and the settings that would save memory."""
+    return f"out of memory: {line[:_MAX_REASON_CHARACTERS].rstrip('.')}. {describe_savings(savings)}".strip()
 
 
 def shared_memory_message(error: BaseException) -> str | None:
