@@ -101,19 +101,21 @@ def pair_losses(
         return -chosen - beta * logsigmoid(log_odds), beta * policy / tokens
     ratios = policy - reference
     rewards = beta * ratios
-    if settings.loss == "ipo":
-        chosen, rejected = ratios / tokens
-        return (chosen - rejected - 1 / (2 * beta)) ** 2, rewards
-    if settings.loss == "kto":
-        assert divergence is not None
-        desirable = 1 - torch.sigmoid(rewards[0] - beta * divergence)
-        undesirable = 1 - torch.sigmoid(beta * divergence - rewards[1])
-        losses = torch.stack(
-            [settings.desirable_weight * desirable, settings.undesirable_weight * undesirable]
-        )
-        exists = tokens > 0
-        return torch.where(exists, losses, 0).sum(0) / exists.sum(0), rewards
-    return -logsigmoid(rewards[0] - rewards[1]), rewards
+    match settings.loss:
+        case "dpo":
+            return -logsigmoid(rewards[0] - rewards[1]), rewards
+        case "ipo":
+            chosen, rejected = ratios / tokens
+            return (chosen - rejected - 1 / (2 * beta)) ** 2, rewards
+        case "kto":
+            assert divergence is not None
+            desirable = 1 - torch.sigmoid(rewards[0] - beta * divergence)
+            undesirable = 1 - torch.sigmoid(beta * divergence - rewards[1])
+            losses = torch.stack(
+                [settings.desirable_weight * desirable, settings.undesirable_weight * undesirable]
+            )
+            exists = tokens > 0
+            return torch.where(exists, losses, 0).sum(0) / exists.sum(0), rewards
 
 
 class PreferenceTrainer(FineTuningTrainer):
