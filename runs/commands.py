@@ -11,9 +11,9 @@ from rich.console import Console
 
 from runs import display
 from runs.comparison import compare_runs, draw
-from runs.ending import check_removable, find_run, remove_run, stop_run
 from runs.layout import default_storage
-from runs.listing import RunSummary, list_runs, read_run, run_uri
+from runs.stop_and_remove import check_removable, find_run, remove_run, stop_run
+from runs.summaries import RunSummary, list_runs, read_run, run_uri
 from utils.arguments import add_json_option
 from utils.command_line import main_line
 from utils.console import Output, open_consoles

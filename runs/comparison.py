@@ -6,8 +6,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from configs.loading import flat
-from runs.curve import draw_eval_curves
-from runs.listing import RunDetails, read_run
+from runs.charts import draw_eval_curves
+from runs.summaries import RunDetails, read_run
 
 _NOT_COMPARED = {"run_name", "storage_path", "output_dir"}  # these only name and locate a run
 _VALIDATION_ROWS = {"valid_path", "valid_split"}

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from runs.comparison import Comparison
 from runs.layout import REPORT_FILE, EvalLoss, EvalSample
-from runs.listing import RunDetails, RunSummary
+from runs.summaries import RunDetails, RunSummary
 from utils.files import format_bytes
 
 _NARROWEST = 20

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from runs.curve import Line, draw_svg, eval_line
+from runs.charts import report_charts
 from runs.layout import DATA_PAGE_FILE, EvalSample, Manifest, MetricsLine, RunResult, checkpoint_uri
-from runs.reading import eval_losses_of, overall_speed
+from runs.reading import overall_speed
 from utils.command_line import ADDRESS_VARIABLE
 from utils.files import format_bytes
 from utils.page import render_page
@@ -47,7 +47,7 @@ def to_html(report: RunReport) -> str:
         _TEMPLATE,
         report=report,
         summary=_summary(report),
-        charts=_charts(report),
+        charts=report_charts(report.metrics, report.parent_metrics, result.eval_losses),
         samples=_by_prompt(report.samples),
         data_page=DATA_PAGE_FILE,
         locations={manifest.step: _location(result, manifest.step) for manifest in report.checkpoints},
@@ -88,44 +88,6 @@ def _by_prompt(samples: Sequence[EvalSample]) -> list[list[EvalSample]]:
     for sample in samples:
         prompts.setdefault((sample.row, sample.prompt), []).append(sample)
     return list(prompts.values())
-
-
-def _charts(report: RunReport) -> list[tuple[str, str]]:
-    """Return (title, SVG element) of each chart that has points."""
-    parent = report.parent_metrics
-    begin = parent[-1].epoch if parent else 0.0
-    losses = [
-        _training_line("parent run, training", parent, is_parents=True),
-        eval_line("parent run, evaluation", eval_losses_of(parent), is_parents=True),
-        _training_line("training", report.metrics, begin=begin),
-        eval_line("evaluation", report.result.eval_losses, begin=begin),
-    ]
-    rates = _by_step("learning rate", [(line.step, line.learning_rate) for line in report.metrics])
-    speeds = _by_step("tokens/s", [(line.step, line.tokens_per_second) for line in report.metrics])
-    memory = _by_step("first worker", [(line.step, line.peak_memory_bytes) for line in report.metrics])
-    charts = [
-        ("Loss", "epoch", "nats per loss token", losses),
-        ("Learning rate", "step", "learning rate", [rates]),
-        ("Throughput", "step", "tokens/s, all workers", [speeds]),
-        ("Peak memory", "step", "bytes", [memory]),
-    ]
-    return [
-        (title, draw_svg(x_label, y_label, drawn))
-        for title, x_label, y_label, lines in charts
-        if (drawn := [line for line in lines if line.x])
-    ]
-
-
-def _by_step(name: str, figures: Sequence[tuple[int, float | None]]) -> Line:
-    points = [(step, figure) for step, figure in figures if figure is not None]
-    return Line(name, [step for step, _ in points], [figure for _, figure in points])
-
-
-def _training_line(
-    name: str, metrics: Sequence[MetricsLine], *, begin: float = 0.0, is_parents: bool = False
-) -> Line:
-    points = [(begin + line.epoch, line.loss) for line in metrics if line.loss is not None]
-    return Line(name, [epoch for epoch, _ in points], [loss for _, loss in points], is_parents=is_parents)
 
 
 def _location(result: RunResult, step: int) -> tuple[str, str | None]:

@@ -20,7 +20,7 @@ from configs.loading import load_config
 from configs.schema import DeepspeedFile
 from service.config import LoadedService, ServiceConfig, load_service
 from service.keys import create_first_key, create_key, list_keys, revoke_keys
-from training.launch.answering import check_cluster_answers
+from training.launch.reachability import check_cluster_answers
 from training.models.kernels import is_installed
 from training.planning.endpoints import (
     ClusterTarget,

@@ -15,7 +15,7 @@ from rich.console import Console
 from configs.loading import LoadedConfig, default_keys, load_config, to_marked_yaml, with_written
 from configs.schema import FinetuneConfig
 from training.inference import commands as model_commands
-from training.launch.answering import check_cluster_answers
+from training.launch.reachability import check_cluster_answers
 from training.models.libraries import unused_packages, withhold
 from training.planning.endpoints import (
     WRITTEN_VARIABLE,

@@ -15,13 +15,13 @@ import grpc
 import pytest
 
 import main
-from runs.ending import find_run
-from runs.listing import read_run
+from runs.stop_and_remove import find_run
+from runs.summaries import read_run
 from tests.support.jobs import PROJECT, environment
 from tests.support.messages import assert_names
 from tests.support.stored_runs import write_run
 from training.inference.checkpoint_model import trained_model
-from training.launch.answering import check_cluster_answers
+from training.launch.reachability import check_cluster_answers
 from training.loop import ray_internals
 from training.planning import endpoints
 from training.planning.endpoints import ClusterError, ClusterTarget, check_address_answers, target_cluster
@@ -294,7 +294,7 @@ class _DenyAccess(grpc.ServerInterceptor):
 
 _CHECK_ADDRESS = """
 import sys
-from training.launch.answering import check_cluster_answers
+from training.launch.reachability import check_cluster_answers
 from training.planning.endpoints import ClusterError, ClusterTarget
 try:
     check_cluster_answers(ClusterTarget(sys.argv[1]))
@@ -376,7 +376,7 @@ def test_auto_without_a_cluster_raises_an_error(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_local_run_is_checked_without_importing_ray():
-    check = "from training.launch.answering import *; check_cluster_answers(ClusterTarget(None)); import sys; assert 'ray' not in sys.modules"
+    check = "from training.launch.reachability import *; check_cluster_answers(ClusterTarget(None)); import sys; assert 'ray' not in sys.modules"
     subprocess.run([sys.executable, "-c", check], cwd=PROJECT, check=True)
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from configs.loading import ConfigError
 from configs.schema import FinetuneConfig
 from runs.layout import CONFIG_FILE, MANIFEST_FILE, Manifest, default_storage, run_of
-from runs.listing import check_run, no_run, run_uri
 from runs.reading import best, read_config
+from runs.summaries import check_run, no_run, run_uri
 from training.checkpoints.store import describe_no_checkpoint, read_manifest, resolve_start
 from training.checkpoints.weights import fetch_model, fetch_weights, verify_local_weights
 from training.models.adapter import continued_adapter

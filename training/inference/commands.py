@@ -16,7 +16,7 @@ from configs.loading import ConfigError
 from configs.schema import Column, ExportConfig
 from runs.commands import A_RUN
 from runs.layout import Export, run_of
-from runs.listing import run_uri
+from runs.summaries import run_uri
 from utils.arguments import add_json_option, positive
 from utils.console import library_output_in, open_consoles
 from utils.storage.bucket import is_remote, join_uri, open_store
@@ -190,8 +190,8 @@ def evaluate_command(
     run_uri(run)  # as for export
     from training.events import Phase
     from training.inference.checkpoint_model import trained_model
-    from training.launch.answering import check_cluster_answers
     from training.launch.display import Watch
+    from training.launch.reachability import check_cluster_answers
     from training.planning.devices import choose_device
     from training.planning.endpoints import set_ray_environment, target_cluster
 

@@ -39,8 +39,8 @@ from training.launch.failures import causes_of, classify
 from training.launch.vitals import Vitals
 from training.models.kernels import Device
 from training.models.tokenizer import describe_template
-from training.planning.earlier_rows import read_rows
 from training.planning.endpoints import ClusterTarget
+from training.planning.template_date import read_rows
 from utils.storage.bucket import BucketError, open_store
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ import ray.exceptions
 from ray.util import placement_group_table
 
 from configs.schema import FinetuneConfig
-from training.launch.answering import cannot_connect
 from training.launch.packaging import EVERYTHING_BUT_CODE, PROJECT
+from training.launch.reachability import cannot_connect
 from training.loop.ray_internals import (
     RAY_JOB_CONFIG_JSON_ENV_VAR,
     autoscaler_maximum,

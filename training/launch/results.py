@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from configs.loading import to_yaml
-from runs.curve import draw_eval_curve
+from runs.charts import draw_eval_curve
 from runs.early_stopping import stopping_step
 from runs.layout import (
     CONFIG_FILE,

@@ -30,7 +30,7 @@ from training.data.batches import BatchPlan, pad_to_multiple_of, padded_length
 from training.data.prepared import PreparedData, fetch_prepared, verify_prepared
 from training.events import CheckpointCommitted, Event, ModelReady, Phase, Restored
 from training.loop.memory_errors import out_of_memory_line, shared_memory_message
-from training.loop.operators import load_offload_operators
+from training.loop.offload_operators import load_offload_operators
 from training.loop.saved_checkpoint import committed_event, describe_saved
 from training.models import build_model
 from training.models.files import check_weight_files, is_hub_id, is_model_file

@@ -43,7 +43,6 @@ from training.planning.devices import (
     describe_parallelism,
     runs_here,
 )
-from training.planning.earlier_rows import find_earlier_rows, with_day
 from training.planning.endpoints import ClusterTarget
 from training.planning.flops import RowFlops, row_flops
 from training.planning.memory import Job, MemoryReport, estimate_checkpoint, report_memory
@@ -60,6 +59,7 @@ from training.planning.paths import about_key, needs_embedded_bucket, scratch_di
 from training.planning.plan import Resolved, RunPlan, order_of
 from training.planning.report import CheckedSample, PlanReport
 from training.planning.resume import complete_state, latest_of_the_same_run, recorded_paths
+from training.planning.template_date import find_earlier_rows, with_day
 from utils.files import checksum_bytes
 from utils.storage.bucket import check_writable, is_remote, join_uri, open_store
 from utils.storage.node_cache import written_cache_limit

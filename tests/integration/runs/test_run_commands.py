@@ -20,7 +20,6 @@ from rich.console import Console
 from configs.schema import FinetuneConfig, uri_fields, uri_keys
 from runs.comparison import Comparison, compare_runs
 from runs.display import show_comparison, show_run
-from runs.ending import InUseError, check_removable, find_run
 from runs.layout import (
     CONFIG_FILE,
     LEASE_EXPIRES_SECONDS,
@@ -33,7 +32,8 @@ from runs.layout import (
     lease_key,
     use_key,
 )
-from runs.listing import list_runs, read_run
+from runs.stop_and_remove import InUseError, check_removable, find_run
+from runs.summaries import list_runs, read_run
 from tests.support.bucket_proxy import bucket_proxy
 from tests.support.front_door import RunCommand
 from tests.support.jobs import PROJECT, environment, error_of, write_yaml

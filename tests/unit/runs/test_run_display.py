@@ -6,7 +6,7 @@ from rich.console import Console
 
 from runs.display import print_facts, print_samples, show_run, show_runs
 from runs.layout import EvalSample
-from runs.listing import CheckpointSummary, RunDetails, RunSummary
+from runs.summaries import CheckpointSummary, RunDetails, RunSummary
 
 LONG_REASON = "out of memory: the node has none\nleft for what " + "it was asked for " * 20
 

@@ -21,8 +21,8 @@ from runs.layout import (
     run_of,
     stop_key,
 )
-from runs.listing import REQUESTS_AT_ONCE, RunSummary, check_run, latest_lease, lives, no_run, summarize
 from runs.reading import read_config, read_result
+from runs.summaries import REQUESTS_AT_ONCE, RunSummary, check_run, latest_lease, lives, no_run, summarize
 from utils.command_line import main_line
 from utils.errors import AnnealError
 from utils.processes import user_and_host

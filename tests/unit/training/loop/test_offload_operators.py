@@ -13,7 +13,7 @@ from tests.support.jobs import PROJECT, environment
 COMPILE = """
 import sys
 from torch.utils.cpp_extension import load
-from training.loop.operators import only_one_compiles
+from training.loop.offload_operators import only_one_compiles
 with only_one_compiles("answer"):
     load("answer", sys.argv[1:], is_python_module=False)
 """

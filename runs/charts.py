@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from runs.layout import EvalLoss
+from runs.layout import EvalLoss, MetricsLine
+from runs.reading import eval_losses_of
 
 _PARENT = {"linestyle": "--", "color": "0.55"}
 
@@ -32,8 +33,8 @@ def draw_eval_curve(
     begin = parent_losses[-1].epoch if parent_losses else 0.0
     with _chart("epoch", "eval loss (nats per loss token)", "png") as (axes, picture):
         if parent_losses:
-            _plot(axes, eval_line("parent run", parent_losses, is_parents=True))
-        _plot(axes, eval_line(run_name, eval_losses, begin=begin))
+            _plot(axes, _eval_line("parent run", parent_losses, is_parents=True))
+        _plot(axes, _eval_line(run_name, eval_losses, begin=begin))
         for loss in eval_losses:
             axes.annotate(
                 f"{loss.eval_loss:.4f}",
@@ -50,11 +51,38 @@ def draw_eval_curves(curves: Mapping[str, Sequence[EvalLoss]]) -> bytes:
     """Draw a PNG of the eval losses of several runs over epochs, each from epoch 0."""
     with _chart("epoch", "eval loss (nats per loss token)", "png") as (axes, picture):
         for name, losses in curves.items():
-            _plot(axes, eval_line(name, losses))
+            _plot(axes, _eval_line(name, losses))
     return picture.getvalue()
 
 
-def draw_svg(x_label: str, y_label: str, lines: Sequence[Line]) -> str:
+def report_charts(
+    metrics: Sequence[MetricsLine], parent_metrics: Sequence[MetricsLine], eval_losses: Sequence[EvalLoss]
+) -> list[tuple[str, str]]:
+    """Return (title, SVG element) of each chart of the report page that has points."""
+    begin = parent_metrics[-1].epoch if parent_metrics else 0.0
+    losses = [
+        _training_line("parent run, training", parent_metrics, is_parents=True),
+        _eval_line("parent run, evaluation", eval_losses_of(parent_metrics), is_parents=True),
+        _training_line("training", metrics, begin=begin),
+        _eval_line("evaluation", eval_losses, begin=begin),
+    ]
+    rates = _by_step("learning rate", [(line.step, line.learning_rate) for line in metrics])
+    speeds = _by_step("tokens/s", [(line.step, line.tokens_per_second) for line in metrics])
+    memory = _by_step("first worker", [(line.step, line.peak_memory_bytes) for line in metrics])
+    charts = [
+        ("Loss", "epoch", "nats per loss token", losses),
+        ("Learning rate", "step", "learning rate", [rates]),
+        ("Throughput", "step", "tokens/s, all workers", [speeds]),
+        ("Peak memory", "step", "bytes", [memory]),
+    ]
+    return [
+        (title, _draw_svg(x_label, y_label, drawn))
+        for title, x_label, y_label, lines in charts
+        if (drawn := [line for line in lines if line.x])
+    ]
+
+
+def _draw_svg(x_label: str, y_label: str, lines: Sequence[Line]) -> str:
     """Draw lines as a self-contained `<svg>` element. Labels and names are escaped."""
     with _chart(x_label, y_label, "svg") as (axes, picture):
         for line in lines:
@@ -63,7 +91,9 @@ def draw_svg(x_label: str, y_label: str, lines: Sequence[Line]) -> str:
     return re.sub(r"<metadata>.*?</metadata>", "", element[element.index("<svg") :], flags=re.DOTALL)
 
 
-def eval_line(name: str, losses: Sequence[EvalLoss], *, begin: float = 0.0, is_parents: bool = False) -> Line:
+def _eval_line(
+    name: str, losses: Sequence[EvalLoss], *, begin: float = 0.0, is_parents: bool = False
+) -> Line:
     """Return a line of eval losses over epochs, shifted by `begin` epochs."""
     epochs = [begin + loss.epoch for loss in losses]
     return Line(name, epochs, [loss.eval_loss for loss in losses], is_marked=True, is_parents=is_parents)
@@ -95,3 +125,15 @@ def _chart(x_label: str, y_label: str, kind: Literal["png", "svg"]) -> Iterator[
 def _plot(axes: Any, line: Line) -> None:
     style = _PARENT if line.is_parents else {}
     axes.plot(line.x, line.y, marker="o" if line.is_marked else "", label=line.name, **style)
+
+
+def _by_step(name: str, figures: Sequence[tuple[int, float | None]]) -> Line:
+    points = [(step, figure) for step, figure in figures if figure is not None]
+    return Line(name, [step for step, _ in points], [figure for _, figure in points])
+
+
+def _training_line(
+    name: str, metrics: Sequence[MetricsLine], *, begin: float = 0.0, is_parents: bool = False
+) -> Line:
+    points = [(begin + line.epoch, line.loss) for line in metrics if line.loss is not None]
+    return Line(name, [epoch for epoch, _ in points], [loss for _, loss in points], is_parents=is_parents)
