@@ -6,7 +6,6 @@
 import hashlib
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from benchmarks.gpu_results import Origin, Results, ResultsError, figures, locke
 from benchmarks.gpu_runs import GSM8K_LENGTHS, ON_CPU, ON_GPU, Bench, Measured
 from benchmarks.gpu_workloads import GPU, SHAPES
 from benchmarks.report import RESULTS, find_gpu
+from tests.support.grids import only_in_test_kernels
 from tests.support.jobs import PROJECT, environment
 from tests.support.kernel_processes import triton_directory
 from tests.support.tiny_model import make_tokenizer
@@ -220,6 +220,7 @@ def _run(command: list[str], log: Path, seconds: float, **options: object) -> bo
     )
 
 
+@pytest.mark.slow
 def test_contestant_is_stopped_at_its_time_limit_with_its_daemons(tmp_path: Path):
     daemon = "import subprocess as s; daemon = s.Popen(['sleep', '60'], start_new_session=True)"
     script = f"{daemon}; print('daemon', daemon.pid, flush=True); daemon.wait()"
@@ -547,7 +548,7 @@ def _benchmark(directory: Path, *arguments: str, **variables: str) -> tuple[dict
     return round_["measured"], done.stdout
 
 
-@pytest.mark.skipif(not os.environ.get("ALL_KERNELS"), reason="`make test-kernels` runs it")
+@only_in_test_kernels
 @pytest.mark.timeout(3600)
 def test_every_contestant_runs_and_appears_in_the_table(tmp_path: Path):
     measured, output = _benchmark(tmp_path, "--tiny")
@@ -566,7 +567,7 @@ def test_every_contestant_runs_and_appears_in_the_table(tmp_path: Path):
             assert figure.target.includes(values["median"]), figure.name
 
 
-@pytest.mark.skipif(not os.environ.get("ALL_KERNELS"), reason="`make test-kernels` runs it")
+@only_in_test_kernels
 @pytest.mark.timeout(3600)
 def test_first_step_on_a_simulated_gpu_has_the_loss_of_the_cpu(tmp_path: Path):
     measured, _ = _benchmark(tmp_path, "--simulate", PYTHONPATH=str(triton_directory()))

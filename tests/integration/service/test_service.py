@@ -3,7 +3,6 @@
 import asyncio
 import json
 import math
-import os
 import signal
 import socket
 import statistics
@@ -25,6 +24,7 @@ from runs.reading import read_result
 from service.config import load_service
 from service.keys import create_key
 from service.layout import run_store
+from tests.support.grids import only_in_test_service
 from tests.support.jobs import PROJECT, environment, error_of, run_main
 from tests.support.ray_cluster import RayCluster, ray_cluster
 from tests.support.served import OPENAI, PREFERENCE_CLIENT, Served, free_port, run_client, served
@@ -38,7 +38,6 @@ pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(not OPENAI.is_dir(), reason="OpenAI's client is not installed: make setup-dev"),
 ]
-GRID = pytest.mark.skipif(not os.environ.get("SERVICE_GRID"), reason="`make test-service` runs it")
 
 
 def check(received: dict[str, Any], model: str) -> None:
@@ -151,7 +150,7 @@ def preference(number: int) -> dict[str, Any]:
     }
 
 
-@GRID
+@only_in_test_service
 @pytest.mark.slow
 def test_openai_client_fine_tunes_on_an_existing_cluster(tmp_path: Path, bucket_uri: str, tiny_model: Path):
     base = {"output_dir": str(tmp_path / "scratch"), "train_batch_size_per_device": 8, "learning_rate": 1e-3}
@@ -342,7 +341,7 @@ def test_shown_commands_create_list_and_revoke_keys(bucket: EmbeddedBucket):
     assert created.output.strip() not in listed.output + revoked.output
 
 
-@GRID
+@only_in_test_service
 def test_openai_client_fine_tunes_the_quickstart_model(tmp_path: Path, bucket: EmbeddedBucket):
     subprocess.run(
         [sys.executable, str(PROJECT / "cookbooks" / "quickstart" / "prepare.py")], cwd=PROJECT, check=True
@@ -355,7 +354,7 @@ def test_openai_client_fine_tunes_the_quickstart_model(tmp_path: Path, bucket: E
         check(run_client(service.base_url, key, str(rows), "smollm2-135m", timeout=600), "smollm2-135m")
 
 
-@GRID
+@only_in_test_service
 def test_100_clients_that_poll_a_job_get_no_server_error(
     tmp_path: Path, bucket_uri: str, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -407,7 +406,7 @@ async def poll(service: Served, job: str, clients: int) -> list[int]:
     return statuses
 
 
-@GRID
+@only_in_test_service
 def test_upload_of_1_gb_takes_64_mb_of_memory(tmp_path: Path, bucket_uri: str, tiny_model: Path):
     """Time: at most 1.2 times that of boto3's own upload of the same file, side by side."""
     content = tmp_path / "rows.jsonl"

@@ -21,7 +21,7 @@ from utils.storage.embedded_bucket import EmbeddedBucket
 from utils.storage.fsspec_store import PACKAGES
 
 
-@pytest.fixture(params=["local", "s3", "s3fs"])
+@pytest.fixture(params=["local", "s3", pytest.param("s3fs", marks=pytest.mark.slow)])
 def run_uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "local":
         return str(tmp_path / "run")

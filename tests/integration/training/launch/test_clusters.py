@@ -1,6 +1,5 @@
 """Jobs run on their own local Ray cluster and on an existing one."""
 
-import os
 import re
 import signal
 import subprocess
@@ -15,6 +14,7 @@ import pytest
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 
 from tests.support.front_door import run_main_quickly
+from tests.support.grids import only_in_test_nodes
 from tests.support.jobs import PROJECT, environment, run_main, started, tiny_settings, write_yaml
 from tests.support.messages import assert_names
 from tests.support.ray_cluster import RayCluster, held_cpu, needs_ray_default, ray_cluster
@@ -23,7 +23,6 @@ from training.launch.trainer import LeanTorchTrainer
 from training.loop.ray_internals import DatasetsCallback, LeanTrainer, PlacementGroupCleanerCallback
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-only_in_full_grid = pytest.mark.skipif(not os.environ.get("ALL_NODES"), reason="`make test-nodes` runs it")
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +195,7 @@ def test_ray_address_runs_a_job_on_an_existing_cluster(
 
 @pytest.mark.parametrize(
     "process",
-    ["head", *(pytest.param(name, marks=only_in_full_grid) for name in ("raylet", "gcs_server"))],
+    ["head", *(pytest.param(name, marks=only_in_test_nodes) for name in ("raylet", "gcs_server"))],
 )
 def test_lost_head_is_reported_with_its_log(process: str, files: Path, tmp_path: Path):
     yaml = config(files, tmp_path / "lost.yaml", run_name=f"lost-{process}", max_steps=4000, num_epochs=None)

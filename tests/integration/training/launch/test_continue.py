@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from tests.support.front_door import run_main_quickly
+from tests.support.grids import only_in_test_resume
 from tests.support.jobs import read_metrics, run_main, tiny_settings, write_yaml
 from tests.support.messages import assert_names
 from tests.support.tiny_model import make_model, write_data, write_preference_pairs
@@ -141,6 +142,7 @@ def test_preference_tuning_uses_the_initial_adapter_as_its_reference(
     assert list(peft.PeftModel.from_pretrained(base, checkpoint).peft_config) == ["default"]
 
 
+@only_in_test_resume
 def test_extended_preference_tuning_equals_an_uninterrupted_run(files: Path):
     """The reference is the base model in both runs."""
     lora = {"lora_config": {"r": 4}, "learning_rate": 1e-2}

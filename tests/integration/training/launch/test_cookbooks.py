@@ -22,7 +22,7 @@ from cookbooks.classification.prepare import TOPICS, write_topics
 from cookbooks.function_calling.prepare import write_calls
 from cookbooks.long_context.prepare import write_notes
 from cookbooks.quickstart.word_problems import TRAIN_KINDS, VALID_KINDS, write_problems
-from runs.listing import list_runs
+from runs.summaries import list_runs
 from tests.support.jobs import PROJECT, environment, run_main
 from tests.support.tiny_model import make_model, make_tokenizer, write_data, write_preference_pairs
 

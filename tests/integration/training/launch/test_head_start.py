@@ -16,6 +16,7 @@ from training.planning.endpoints import ClusterTarget
 pytestmark = pytest.mark.timeout(400)
 
 
+@pytest.mark.slow
 def test_rejected_rows_leave_no_process_and_no_run(tmp_path: Path):
     files = make_model_and_data(tmp_path / "files")
     with (files / "train.jsonl").open("a") as rows:

@@ -8,6 +8,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.front_door import run_command_quickly
+from tests.support.grids import only_in_test_kernels
 from tests.support.jobs import PROJECT, run_main, tiny_settings, write_yaml
 from tests.support.tiny_model import make_model, make_tokenizer, write_data, write_preference_pairs
 from training.inference.evaluate import tokens_left_out
@@ -32,6 +33,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
+@only_in_test_kernels
 def test_adapter_with_new_tokens_is_exported_and_continued(settings: dict[str, Any], tmp_path: Path):
     lora = settings | {"run_name": "lora", "lora_config": {"r": 4}, "num_devices": 2}
     finished = run_main(write_yaml(tmp_path / "lora.yaml", lora), "--json")

@@ -1,6 +1,5 @@
 """Runs that push their result to a Hub on this machine, also after a failure or a kill, and are continued from there."""
 
-import os
 import re
 import shlex
 import subprocess
@@ -11,6 +10,7 @@ import pytest
 
 from runs.reading import committed
 from tests.support.faults import injection
+from tests.support.grids import only_in_test_resume
 from tests.support.hub import TOKEN, running_hub
 from tests.support.jobs import PROJECT, environment, run_main, started, tiny_settings, write_yaml
 from tests.support.messages import assert_names
@@ -20,7 +20,7 @@ from utils.storage.bucket import open_store
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.skipif(not os.environ.get("RESUME_GRID"), reason="`make test-resume` runs it")
+@only_in_test_resume
 def test_failed_push_is_repeated_and_the_adapter_continued(tmp_path: Path):
     make_model_and_data(tmp_path)
     settings = tiny_settings(tmp_path) | {
@@ -70,6 +70,7 @@ def test_failed_push_is_repeated_and_the_adapter_continued(tmp_path: Path):
     assert TOKEN not in failed.errors + failed.output + again.stdout + again.stderr
 
 
+@only_in_test_resume
 def test_killed_and_resumed_run_pushes_once(tmp_path: Path):
     make_model_and_data(tmp_path)
     settings = tiny_settings(tmp_path) | {

@@ -25,10 +25,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from runs import reading
 from runs.layout import Manifest, checkpoint_key
-from runs.listing import list_runs
+from runs.summaries import list_runs
 from tests.support.bucket_proxy import Fault, Request, bucket_proxy
 from tests.support.faults import fill_disk, injection, require_small_disks, small_disk, small_disk_prefix
 from tests.support.front_door import run_main_quickly
+from tests.support.grids import only_in_test_resume
 from tests.support.iam import is_allowed, needed
 from tests.support.jobs import (
     PROJECT,
@@ -300,6 +301,7 @@ def test_full_parameter_checkpoint_loads_in_plain_transformers(files: Path, tmp_
 
 
 @pytest.mark.slow
+@only_in_test_resume
 def test_rerun_writes_a_missing_result_without_training(files: Path, tmp_path: Path):
     """A driver that is killed after its last checkpoint leaves this state. If that checkpoint is damaged, the rerun fails."""
     config = write_yaml(

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from runs.listing import read_run
+from runs.summaries import read_run
 from tests.support.jobs import PROJECT, Job, command, environment, started, tiny_settings, write_yaml
 from tests.support.tiny_model import make_model_and_data
 
@@ -73,7 +73,7 @@ SAMPLE = [
     ("loading the program", "SIGINT twice"),
     ("training", "SIGINT twice"),
 ]
-FAST = {("loading the program", "SIGINT twice"), ("planning", "SIGTERM"), ("starting Ray", "SIGTERM")}
+FAST = {("loading the program", "SIGINT twice"), ("starting Ray", "SIGTERM")}
 
 
 @pytest.mark.parametrize(

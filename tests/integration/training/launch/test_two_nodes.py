@@ -4,7 +4,6 @@ Each node has its own cache and scratch directory. In the first test, one node a
 files, and shares only a bucket with the other node.
 """
 
-import os
 import re
 import signal
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import pytest
 from runs import reading
 from tests.support.bucket_proxy import bucket_proxy
 from tests.support.front_door import run_main_quickly
+from tests.support.grids import only_in_test_nodes
 from tests.support.jobs import CompletedCommand, read_metrics, run_main, started, tiny_settings, write_yaml
 from tests.support.messages import assert_names
 from tests.support.namespaces import network_namespace
@@ -27,7 +27,6 @@ from utils.storage.bucket import Store, open_store
 from utils.storage.embedded_bucket import EmbeddedBucket
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-only_in_full_grid = pytest.mark.skipif(not os.environ.get("ALL_NODES"), reason="`make test-nodes` runs it")
 
 STEPS = 10
 LONG = 120
@@ -114,7 +113,7 @@ def one_worker_losses(
     return losses_of(train(two_nodes, tmp_path_factory.mktemp("one"), "one", on_cluster=False)[1])
 
 
-@only_in_full_grid
+@only_in_test_nodes
 @pytest.mark.parametrize("strategy", ["ddp", "zero_3"])
 def test_two_nodes_have_the_losses_of_one_worker(
     strategy: str, two_nodes: TwoNodes, one_worker_losses: tuple[list[float], list[float]], tmp_path: Path
@@ -164,7 +163,7 @@ def head() -> Iterator[RayCluster]:
         yield cluster
 
 
-@only_in_full_grid
+@only_in_test_nodes
 @pytest.mark.parametrize("parallelism", ["ddp", "zero_3"])
 def test_elastic_run_completes_when_a_node_is_lost(
     parallelism: str, head: RayCluster, files: Path, tmp_path: Path
@@ -205,7 +204,7 @@ def test_elastic_run_completes_when_a_node_is_lost(
     assert "num_devices: {'min': 1, 'max': 2} -> 1" in changed.errors
 
 
-@only_in_full_grid
+@only_in_test_nodes
 def test_lost_node_fails_a_run_without_retries_and_the_same_command_resumes(
     head: RayCluster, files: Path, tmp_path: Path
 ):
@@ -237,7 +236,7 @@ def test_lost_node_fails_a_run_without_retries_and_the_same_command_resumes(
     assert list(steps_of(files, "lost")) == list(range(1, steps + 1))
 
 
-@only_in_full_grid
+@only_in_test_nodes
 def test_run_that_needs_both_nodes_waits_for_a_lost_node(files: Path, tmp_path: Path):
     """It prints the missing resources, resumes when a node joins, and exits on a signal while it waits again."""
     config = write_long_config(
@@ -265,7 +264,7 @@ def test_run_that_needs_both_nodes_waits_for_a_lost_node(files: Path, tmp_path: 
     assert "Traceback" not in finished.errors
 
 
-@only_in_full_grid
+@only_in_test_nodes
 def test_joining_node_is_used_after_an_extra_checkpoint(files: Path, tmp_path: Path):
     """No step is trained twice, although no checkpoint was due."""
     config = write_long_config(
@@ -300,7 +299,7 @@ def test_joining_node_is_used_after_an_extra_checkpoint(files: Path, tmp_path: P
     assert manifests[-1].step == len(trained)
 
 
-@only_in_full_grid
+@only_in_test_nodes
 def test_preempted_node_is_replaced_after_a_checkpoint(files: Path, tmp_path: Path):
     """The preemption notice triggers a commit. Ray then restarts the workers on other nodes, and counts no failure."""
     at_the_end = {"unit": "steps", "frequency": LONG}

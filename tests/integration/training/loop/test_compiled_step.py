@@ -3,13 +3,13 @@
 `make test-kernels` runs it (ALL_KERNELS=1): compiling takes minutes.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from configs.loading import load_config
+from tests.support.grids import only_in_test_kernels
 from tests.support.jobs import tiny_settings, write_yaml
 from tests.support.kernel_processes import run_without_triton
 from tests.support.tiny_model import make_model, write_data
@@ -19,7 +19,7 @@ from training.planning.planner import make_plan
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1200),
-    pytest.mark.skipif(not os.environ.get("ALL_KERNELS"), reason="`make test-kernels` runs it"),
+    only_in_test_kernels,
 ]
 
 

@@ -4,19 +4,19 @@
 """
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 
-from runs.listing import read_run
+from runs.summaries import read_run
+from tests.support.grids import only_in_test_kernels
 from tests.support.jobs import PROJECT, run_main, tiny_settings, write_yaml
 from tests.support.tiny_model import make_model, write_data
 from utils.files import checksum
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not os.environ.get("ALL_KERNELS"), reason="`make test-kernels` runs it"),
+    only_in_test_kernels,
 ]
 
 

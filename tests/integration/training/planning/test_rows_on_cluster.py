@@ -94,6 +94,7 @@ def test_nodes_prepare_the_rows_and_store_them(settings: dict[str, Any], tmp_pat
     assert plan(tmp_path, settings)[0] == [], "prepared once"
 
 
+@pytest.mark.slow
 def test_leftovers_of_a_killed_driver_are_replaced(settings: dict[str, Any], tmp_path: Path):
     """Another version may have cut more shards, whose tokens must not become rows."""
     made = plan(tmp_path, settings)[2]

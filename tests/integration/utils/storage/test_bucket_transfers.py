@@ -157,6 +157,7 @@ def test_uploaded_directory_is_synced_back_unchanged(store_uri: str, tmp_path: P
     assert store.list() == []
 
 
+@pytest.mark.slow
 def test_repeated_transfers_leak_no_threads_or_file_descriptors(bucket_uri: str, tmp_path: Path):
     source = tmp_path / "source"
     source.mkdir()

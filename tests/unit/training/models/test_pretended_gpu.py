@@ -6,7 +6,6 @@ which takes minutes in Triton's interpreter: `make test-kernels` runs them (ALL_
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3Config
 
 from configs.loading import load_config
+from tests.support.grids import only_in_test_kernels
 from tests.support.kernel_processes import run_with_triton, run_without_triton
 from tests.support.messages import assert_names
 from tests.support.tiny_model import make_model
@@ -25,7 +25,7 @@ from training.planning.planner import make_plan
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not os.environ.get("ALL_KERNELS"), reason="`make test-kernels` runs it"),
+    only_in_test_kernels,
 ]
 
 ANSWERS = {
