@@ -31,6 +31,7 @@ from tests.support.trained_runs import store_adapter_run
 from utils.storage.bucket import open_store, sync_to_node
 from utils.storage.embedded_bucket import embedded_bucket
 
+_DTYPE = "fp32"  # a step in bf16 takes a minute on a CPU that emulates it, which is no start
 _RATIOS = {
     "start": {
         "first_step_to_bare_torch_trainer": ("first_step_seconds", "anneal", "bare_torch_trainer"),
@@ -63,12 +64,14 @@ def main() -> None:
         rows = directory / "train.jsonl"
         rows.write_text(write_problems(TRAIN_KINDS, BATCH_SIZE * WORKERS, 1))
         lora = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
-        trained = store_adapter_run(open_store(str(directory / "runs")), "trained", model, lora, dtype="bf16")
+        trained = store_adapter_run(open_store(str(directory / "runs")), "trained", model, lora, dtype=_DTYPE)
         contestants: dict[str, Callable[[], dict[str, Any]]] = {
             "anneal": lambda: train(PROJECT, directory, model, rows, WORKERS),
             "before": lambda: train(options.base, directory, model, rows, WORKERS),
             "torchrun_trl": lambda: torchrun(directory, model, rows),
-            "bare_torch_trainer": lambda: run_peer([sys.executable], ["--ray"], directory, model, rows, 1),
+            "bare_torch_trainer": lambda: run_peer(
+                [sys.executable], ["--ray"], directory, model, rows, 1, _DTYPE
+            ),
             "tiny": lambda: train(PROJECT, directory, tiny, rows, 1),
             "tiny_before": lambda: train(options.base, directory, tiny, rows, 1),
             "chat": lambda: chat(PROJECT, trained),
@@ -98,12 +101,12 @@ def compare(part: str, contestants: Mapping[str, Callable[[], dict[str, Any]]], 
 def torchrun(directory: Path, model: Path, rows: Path) -> dict[str, Any]:
     """Run plain TRL for one step."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORKERS}"]
-    return run_peer(launcher, [], directory, model, rows, 1)
+    return run_peer(launcher, [], directory, model, rows, 1, _DTYPE)
 
 
 def train(tree: Path, directory: Path, model: Path, rows: Path, workers: int) -> dict[str, Any]:
     """Run main.py of a directory for one step, as a user would, including all checks."""
-    config, name = write_config(directory, model, rows, workers, 1)
+    config, name = write_config(directory, model, rows, workers, 1, _DTYPE)
     first_step, cpu_seconds, output = timed(tree, [str(config), "--json"], "step 1/")
     result = json.loads(output.splitlines()[-1])
     assert result["status"] == "completed", result

@@ -48,7 +48,9 @@ def main() -> None:
     write_report("overhead", {"tokens_per_second_ratio": spread(ratios)}, measured)
 
 
-def write_config(directory: Path, model: Path, rows: Path, workers: int, steps: int) -> tuple[Path, str]:
+def write_config(
+    directory: Path, model: Path, rows: Path, workers: int, steps: int, dtype: str
+) -> tuple[Path, str]:
     """Write the YAML of a LoRA run without evaluation, as the peers have none; return (YAML, run name)."""
     name = f"run-{time.time_ns()}"
     config = directory / f"{name}.yaml"
@@ -61,6 +63,7 @@ def write_config(directory: Path, model: Path, rows: Path, workers: int, steps: 
         "device": "cpu",
         "num_devices": workers,
         "train_batch_size_per_device": BATCH_SIZE,
+        "dtype": dtype,
         "max_steps": steps,
         "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "linear",
@@ -74,7 +77,7 @@ def write_config(directory: Path, model: Path, rows: Path, workers: int, steps: 
 
 def run_anneal(directory: Path, model: Path, rows: Path) -> dict[str, float]:
     """Run main.py as a user would, including all checks."""
-    config, _ = write_config(directory, model, rows, WORKERS, STEPS)
+    config, _ = write_config(directory, model, rows, WORKERS, STEPS, "bf16")
     command = [sys.executable, "main.py", str(config), "--json"]
     done = subprocess.run(command, cwd=PROJECT, check=True, capture_output=True, text=True)
     result = json.loads(done.stdout.splitlines()[-1])
@@ -85,11 +88,11 @@ def run_anneal(directory: Path, model: Path, rows: Path) -> dict[str, float]:
 def run_torchrun(directory: Path, model: Path, rows: Path) -> dict[str, float]:
     """Run plain TRL on two processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORKERS}"]
-    return run_peer(launcher, [], directory, model, rows, STEPS)
+    return run_peer(launcher, [], directory, model, rows, STEPS, "bf16")
 
 
 def run_peer(
-    launcher: list[str], options: list[str], directory: Path, model: Path, rows: Path, steps: int
+    launcher: list[str], options: list[str], directory: Path, model: Path, rows: Path, steps: int, dtype: str
 ) -> dict[str, float]:
     """Run benchmarks/plain_trl.py with a launcher and options."""
     name = f"peer-{time.time_ns()}"
@@ -100,6 +103,7 @@ def run_peer(
         "train_path": str(rows),
         "output_dir": str(directory / name),
         "batch_size": BATCH_SIZE,
+        "dtype": dtype,
         "max_steps": steps,
         "learning_rate": LEARNING_RATE,
         "report": str(report),

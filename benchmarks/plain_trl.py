@@ -43,7 +43,9 @@ def train(settings: dict[str, Any]) -> None:
         lambda row: {"prompt": row["messages"][:1], "completion": row["messages"][1:]},
         remove_columns=["messages"],
     )
-    model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(
+        settings["model"], dtype=torch.bfloat16 if settings["dtype"] == "bf16" else torch.float32
+    )
     model.config.use_cache = False  # TRL's own compute_loss disables it
     clock = Clock()
     trainer = OnCpu(
@@ -53,7 +55,7 @@ def train(settings: dict[str, Any]) -> None:
             per_device_train_batch_size=settings["batch_size"],
             max_steps=settings["max_steps"],
             learning_rate=settings["learning_rate"],
-            bf16=True,
+            bf16=settings["dtype"] == "bf16",
             use_cpu=True,
             ddp_backend="gloo",
             gradient_checkpointing=False,
