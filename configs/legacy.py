@@ -19,7 +19,7 @@ IGNORED = frozenset({"dataset_size_scaling_factor"})
 _NO_EFFECT = {
     "dataset_size_scaling_factor": "the complete data set is always used",
     "num_data_blocks_per_device": "rows are not split into blocks",
-    "data_processor_config": "rows are prepared on the training workers",
+    "data_processor_config": "rows are prepared before training, on all CPUs of the driver or the cluster",
 }
 _LIGER_KERNELS = ("rms_norm", "rope", "swiglu", "cross_entropy", "fused_linear_cross_entropy")
 
