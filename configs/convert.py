@@ -791,10 +791,13 @@ def _llamafactory_rows(conversion: Conversion, name: str, directory: str, path: 
 
 def _dataset_info(directory: str, path: Path) -> dict[str, Any]:
     for base in (Path(directory), path.parent / directory):
+        file = base / "dataset_info.json"
         try:
-            described = json.loads((base / "dataset_info.json").read_text("utf-8"))
-        except (OSError, ValueError):
+            described = json.loads(file.read_text("utf-8"))
+        except OSError:
             continue
+        except ValueError as error:
+            raise ConfigError(f"{file}: not valid JSON ({error}).") from error
         return described if isinstance(described, dict) else {}
     return {}
 
@@ -930,7 +933,7 @@ def _settle(conversion: Conversion) -> None:
         )
     if "valid_path" not in ours and "valid_split" not in ours:
         drop("eval_steps", "there are no validation rows")
-    if ours.get("task") in ("preference_tuning", "classification"):
+    if ours.get("task") == "preference_tuning":
         drop("packing", "it does not work with preferences")
     if ours.get("load_in_4bit") is False:
         drop("load_in_4bit", "it is the default")

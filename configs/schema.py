@@ -502,6 +502,11 @@ class PreferenceTuningConfig(Section):
         """Return whether the loss compares the model with a reference model."""
         return self.loss != "orpo"
 
+    @property
+    def takes_unpaired_rows(self) -> bool:
+        """Return whether the loss also takes rows of one answer, and compares the rows that all devices process at once."""
+        return self.loss == "kto"
+
 
 class ClassifierConfig(Section):
     """Settings of `task: classification`."""
@@ -942,6 +947,11 @@ class FinetuneConfig(Section):
         return self.export
 
     @property
+    def preference(self) -> PreferenceTuningConfig:
+        """Return preference_tuning_config; its defaults if it is not set."""
+        return self.preference_tuning_config or PreferenceTuningConfig()
+
+    @property
     def added_tokens(self) -> tuple[str, ...]:
         """Return new_tokens and new_special_tokens."""
         return (*self.new_tokens, *self.new_special_tokens)
@@ -1358,7 +1368,7 @@ def _initialization_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str
             key,
             f"`{key}: orthogonal` does not work with `load_in_4bit` in PEFT: write `true` or `gaussian`",
         )
-    settings = config.preference_tuning_config or PreferenceTuningConfig()
+    settings = config.preference
     if config.task != "preference_tuning" or not settings.needs_reference:
         return
     if start is False:
@@ -1452,18 +1462,15 @@ def _data_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
             "data_format",
             "`data_format: preference` requires `task: preference_tuning`: set that task as well",
         )
-    if config.task == "preference_tuning" and config.data_format not in ("auto", "preference"):
-        settings = config.preference_tuning_config
-        if (
-            settings is None
-            or settings.loss != "kto"
-            or config.data_format in ("text", "classification", "tokens")
-        ):
-            yield (
-                "data_format",
-                f"`data_format: {config.data_format}` has no pairs for `task: preference_tuning`: use `preference`, or "
-                "`preference_tuning_config: {loss: kto}` for chats with a `label`",
-            )
+    has_pairs = config.data_format in ("auto", "preference")
+    if config.preference.takes_unpaired_rows:
+        has_pairs = config.data_format not in ("text", "classification", "tokens")
+    if config.task == "preference_tuning" and not has_pairs:
+        yield (
+            "data_format",
+            f"`data_format: {config.data_format}` has no pairs for `task: preference_tuning`: use `preference`, or "
+            "`preference_tuning_config: {loss: kto}` for chats with a `label`",
+        )
     if config.data_format == "tokens" and config.prompt_template is not None:
         yield "prompt_template", "`prompt_template` does not work with `data_format: tokens`: remove it"
     if config.data_format == "tokens" and config.task == "classification":
@@ -1562,7 +1569,7 @@ def _precision_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
 def _range_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
     if not isinstance(config.num_devices, DeviceRange):
         return
-    if config.preference_tuning_config and config.preference_tuning_config.loss == "kto":
+    if config.preference.takes_unpaired_rows:
         yield (
             "num_devices",
             "`num_devices` as a range does not work with `loss: kto`, which depends on the pairs that all devices process at once: "

@@ -441,7 +441,7 @@ def _reason(application: Any) -> str:
 
 
 def _last_line(traceback: str) -> str:
-    return traceback.strip().splitlines()[-1].strip()
+    return next(reversed(traceback.strip().splitlines()), "no reason given").strip()
 
 
 def _stop_drivers(signals: list[int]) -> None:

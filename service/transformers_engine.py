@@ -40,7 +40,7 @@ from training.models.kernels import Device, device_here
 from training.models.torch_provider import load_weights
 
 MAX_ROWS = 64
-"""Most choices that one model generates at a time."""
+"""Maximum number of choices that one model generates at a time."""
 _DEFAULT_MAX_TOKENS = 4096
 """Longest answer of a request without max_tokens, because its memory is reserved when it joins a batch."""
 _OWN_MODELS = 1

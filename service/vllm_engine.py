@@ -14,7 +14,7 @@ import socket
 import subprocess
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -130,11 +130,10 @@ class VllmEngine:
         deadline = time.monotonic() + _START_SECONDS
         while time.monotonic() < deadline:
             self.check_health()
-            try:
+            with suppress(httpx.TransportError):
                 if httpx.get(f"http://127.0.0.1:{port}/health", timeout=10).is_success:
                     return
-            except httpx.TransportError:
-                time.sleep(0.5)
+            time.sleep(0.5)
         self.close()
         raise ConfigError(
             f"engine: vllm: the server did not start within {_START_SECONDS} s. See {self._log}."

@@ -23,6 +23,7 @@ from tests.support.shown_commands import (
 from training.inference import commands as inference
 
 LINKED_PAGES = [*PAGES, *sorted((PROJECT / "cookbooks").rglob("*.md"))]
+PACKAGES = "benchmarks|configs|cookbooks|runs|service|tests|training|utils"
 MAX_LINES = {PROJECT / "README.md": 200, PROJECT / "CONTRIBUTING.md": 60} | dict.fromkeys(DOCS, 250)
 MAX_WIDTH = 160
 WEB = re.compile(r"https?://|mailto:")
@@ -83,16 +84,18 @@ def test_pages_have_at_most_their_number_of_lines(page: Path):
 
 def test_imports_in_python_blocks_resolve():
     """Only imports of the project's own names are checked."""
+    found = 0
     for page in PAGES:
         for line in split_code(page)[0]:
-            if match := re.fullmatch(r"from ((?:configs|utils|runs|training)[\w.]*) import (\w+)", line):
+            if match := re.fullmatch(rf"from ((?:{PACKAGES})[\w.]*) import (\w+)", line):
                 assert hasattr(importlib.import_module(match[1]), match[2]), f"{name(page)}: {line}"
+                found += 1
+    assert found
 
 
 @pytest.mark.parametrize("page", LINKED_PAGES, ids=name)
 def test_paths_in_backticks_exist(page: Path):
-    packages = "benchmarks|configs|cookbooks|runs|tests|training|utils"
-    paths = re.findall(rf"`((?:{packages})/[\w./-]*)`", "\n".join(split_code(page)[1]))
+    paths = re.findall(rf"`((?:{PACKAGES})/[\w./-]*)`", "\n".join(split_code(page)[1]))
     assert [path for path in paths if not (PROJECT / path).exists()] == []
 
 

@@ -61,10 +61,10 @@ def check_lease(store: Store, lease: Lease) -> None:
     """Check that this is still the latest lease of the run; raise LeaseError if another driver has taken over."""
     latest = _latest(store)
     if latest is None or latest.token != lease.token:
-        successor = f" by {latest.owner}" if latest else ""
+        what = f"was taken over by {latest.owner}" if latest else "was taken over or removed"
         raise LeaseError(
-            f"{store.uri}: this driver's lease expired, and the run was taken over{successor}. This attempt has committed nothing "
-            "since. Follow that run, or stop it and rerun this command."
+            f"{store.uri}: this driver's lease expired, and the run {what}. This attempt has committed nothing since. Follow that run, "
+            "or stop it and rerun this command."
         )
 
 

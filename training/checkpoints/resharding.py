@@ -16,6 +16,7 @@ from typing import Any
 from runs.layout import Manifest
 from training.checkpoints.store import CheckpointError
 from training.world import World
+from utils.errors import first_line
 
 
 @dataclass(frozen=True)
@@ -284,7 +285,7 @@ def _load(file: Path) -> dict[str, Any]:
     try:
         return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{file.name} cannot be read ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"{file.name} cannot be read ({first_line(error)})") from error
 
 
 def _member(content: Any, key: str, file: Path) -> Any:

@@ -25,7 +25,7 @@ def class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
 
 
 def with_names(row: dict[str, Any], names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """Return a row whose numbers of classes know their names; -1 stands for no class."""
+    """Replace the class ids of a row by ClassNumbers, which carry their names; -1 means no class."""
     for column, known in names.items():
         number = row.get(column)
         if isinstance(number, int) and 0 <= number < len(known):

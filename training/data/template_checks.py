@@ -20,10 +20,10 @@ _TYPES = {"function", "object", "string", "number", "integer", "boolean", "array
 
 
 def check_answer(text: str, message: Message, name: str) -> None:
-    """Check that all texts of an assistant message stand in a text, each in a place of its own.
+    """Check that a rendered text contains every part of an assistant message, without overlaps.
 
     Args:
-        text: The text.
+        text: The rendered text.
         message: The message.
         name: Name of the message in errors.
     """

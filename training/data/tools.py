@@ -208,7 +208,7 @@ def _read_call(
 
 
 def _function_of(call: Any, what: str) -> Any:
-    """Return the function of a call, with what stands beside `function` instead of inside it."""
+    """Return the function of a call, merged with a name and arguments that are written beside `function`."""
     function = call.get("function") or call if isinstance(call, dict) else None
     if not isinstance(function, dict) or function is call:
         return function

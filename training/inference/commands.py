@@ -79,7 +79,7 @@ def export_command(
 
 
 def _folder_for_ray_serve_llm(run: str, to: str | None) -> str:
-    """Return the folder below `to` that Ray Serve LLM takes for one adapter: it has the run's name."""
+    """Return the folder of one adapter below `to`, named after the run, as Ray Serve LLM expects."""
     if to is None or not is_remote(to):
         raise ConfigError(
             "--layout ray-serve-llm: needs the bucket prefix from which Ray Serve LLM loads adapters. Add --to URI with its "

@@ -68,7 +68,7 @@ _LOADED_BY = {"merged": "config.json", "model": "config.json", "adapter": "adapt
 
 
 def export(trained: "TrainedModel", settings: ExportConfig, *, progress: Callable[[str], None]) -> Export:
-    """Write an export atomically, or return an identical existing export, verified in place if that is asked for.
+    """Write an export atomically, or return an identical existing one; with `verify`, verify that one in place.
 
     Args:
         trained: The checkpoint to export.

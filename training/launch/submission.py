@@ -82,7 +82,7 @@ def check_from_here(
 
 
 def _has_records_here(packed: Package) -> bool:
-    """Return whether the storage path is a directory of this machine with the run, or with one that may be it."""
+    """Return whether storage_path is a directory of this machine with this run, or with one that is named after the YAML."""
     config = packed.loaded.config
     storage = config.storage_path or ""
     if is_remote(storage):

@@ -1,4 +1,4 @@
-"""The imports of a worker that waits for its run."""
+"""Import libraries in a worker process before its run starts."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Errors for want of memory or shared memory: how they are recognized, without importing torch, and what users read."""
+"""Detect out-of-memory and shared-memory errors, without importing torch, and build their messages."""
 
 import re
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ def out_of_memory_message(line: str, savings: Sequence[Saving]) -> str:
 
 
 def shared_memory_message(error: BaseException) -> str | None:
-    """Return the message for an error of NCCL for want of shared memory, with this node's free bytes; None for any other error."""
+    """Return the message for an NCCL error caused by full shared memory, with this node's free bytes; None for any other error."""
     found = _NO_SHARED_MEMORY.search(str(error)) if isinstance(error, RuntimeError) else None
     if found is None:
         return None

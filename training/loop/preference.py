@@ -132,8 +132,7 @@ class PreferenceTrainer(FineTuningTrainer):
             arguments: Passed to FineTuningTrainer.
         """
         super().__init__(**arguments)
-        settings = self.config.preference_tuning_config or PreferenceTuningConfig()
-        self.settings = settings
+        self.settings = self.config.preference
         self.model_accepts_loss_kwargs = True  # the loss is divided by the number of pairs in the step
         self.reference_model = self._prepared(reference_model) if reference_model is not None else None
         self._trained = self._no_sums()
@@ -223,7 +222,7 @@ class PreferenceTrainer(FineTuningTrainer):
 
     def _is_row(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return a mask of the real rows of a batch, bool [pairs], from the tokens of their responses; the others are padding."""
-        return (tokens > 0).any(0) if self.settings.loss == "kto" else (tokens > 0).all(0)
+        return (tokens > 0).any(0) if self.settings.takes_unpaired_rows else (tokens > 0).all(0)
 
     def _pairs(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return losses (rows), rewards (2, rows) and which responses exist (2, rows) of a batch, without padding pairs."""

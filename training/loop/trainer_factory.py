@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from configs.schema import FinetuneConfig, PreferenceTuningConfig
+from configs.schema import FinetuneConfig
 from training.data.batches import (
     BatchPlan,
     PairSequences,
@@ -68,13 +68,13 @@ def build_trainer(
         "loss_of_transformers": plan.device == "cpu" and plan.resolved.kernels.provider != "unsloth",
     }
     if config.task == "preference_tuning":
-        settings = config.preference_tuning_config or PreferenceTuningConfig()
 
         def pairs(rows: PreparedData) -> PairSequences:
-            return PairSequences(rows.dataset(), pad_token_id, with_mismatched=settings.loss == "kto")
+            with_mismatched = config.preference.takes_unpaired_rows
+            return PairSequences(rows.dataset(), pad_token_id, with_mismatched=with_mismatched)
 
         return PreferenceTrainer(
-            reference_model=add_reference(model, request) if settings.needs_reference else None,
+            reference_model=add_reference(model, request) if config.preference.needs_reference else None,
             rows=TrainingRows(
                 order,
                 pairs(train),

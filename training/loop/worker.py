@@ -427,7 +427,7 @@ def _callbacks(
     driver: Driver,
     committer: CheckpointCommitter,
 ) -> "list[TrainerCallback]":
-    """Return the trainer's callbacks in calling order."""
+    """Return the callbacks that need no trainer, in calling order; `_run` adds the others after them."""
     from training.loop.callbacks import (
         AfterFirstStep,
         Committing,

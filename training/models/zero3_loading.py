@@ -1,4 +1,4 @@
-"""Loading of a mixture's experts under ZeRO-3: rank 0 reads them, and DeepSpeed deals their parts out to all ranks."""
+"""Load the experts of a mixture under ZeRO-3: rank 0 reads them, and DeepSpeed scatters their partitions to all ranks."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -9,7 +9,6 @@ from configs.schema import (
     FinetuneConfig,
     LoraConfig,
     MlflowLogger,
-    PreferenceTuningConfig,
     WandbLogger,
 )
 from runs.layout import MODELS
@@ -406,7 +405,7 @@ def _check_trainable(
             f"{where}: lora_bias adds a bias to {parameters.without_bias[0]}, but this layer of {facts.source} has no bias, so the adapter "
             "could never be merged. Remove lora_bias."
         )
-    preference = config.preference_tuning_config or PreferenceTuningConfig()
+    preference = config.preference
     if config.task == "preference_tuning" and preference.needs_reference and parameters.trains_biases:
         raise ConfigError(
             f"{where}: bias trains biases of the base model, but {preference.loss} compares the model with its state before training, "
@@ -416,12 +415,11 @@ def _check_trainable(
 
 def _check_reference(config: FinetuneConfig, adapter: AdapterFacts, parameters: AdapterParameters) -> None:
     """Check that PEFT can hold a frozen copy of a continued adapter beside the trained one, as the reference."""
-    preference = config.preference_tuning_config or PreferenceTuningConfig()
-    if config.task != "preference_tuning" or not preference.needs_reference:
+    if config.task != "preference_tuning" or not config.preference.needs_reference:
         return
     if adapter.lora.get("ensure_weight_tying") and parameters.saved_modules:
         raise ConfigError(
             f"adapter {adapter.source}: ensure_weight_tying ties {' and '.join(parameters.saved_modules)}, and PEFT cannot hold a second, "
-            f"frozen copy of tied modules, which {preference.loss} needs as its reference. Merge the adapter with main.py export and write "
+            f"frozen copy of tied modules, which {config.preference.loss} needs as its reference. Merge the adapter with main.py export and write "
             "the merged model as model_id, or write loss: orpo."
         )

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from configs.schema import FinetuneConfig, PreferenceTuningConfig
+from configs.schema import FinetuneConfig
 from training.data.batches import padded_length
 from training.models.adapter import AdapterParameters
 from training.models.architecture import (
@@ -191,7 +191,7 @@ def _weights(job: Job, held: _Held) -> float:
         base = facts.parameters * held.base
     adapter = held.trained_entries * held.trained if config.trains_adapter else 0
     copies = 2 * _cast_by_autocast(job, held) if held.autocast else 0
-    if config.task == "preference_tuning" and _settings(config).needs_reference:
+    if config.task == "preference_tuning" and config.preference.needs_reference:
         # The reference: a second model, the initial adapter, or the base model itself.
         base, adapter = (
             base * (1 if config.trains_adapter else 2),
@@ -436,11 +436,6 @@ def _saved_inputs(job: Job, held: _Held) -> float:
         # DoRA scales the outputs of the base and of the adapter separately.
         taken += sum(2 * job.facts.matrix_shapes[module][0] for module in ranks)
     return (held.computed * (taken + sum(ranks.values())) + masks) / shape.layers
-
-
-def _settings(config: FinetuneConfig) -> PreferenceTuningConfig:
-    """Return the settings of preference tuning."""
-    return config.preference_tuning_config or PreferenceTuningConfig()
 
 
 def _is_in_layers(name: str, shape: tuple[int, ...]) -> bool:

@@ -516,8 +516,7 @@ def data_request(
         chat_template_kwargs=tuple(sorted((config.chat_template_kwargs or {}).items())),
         turns=config.turns,
         labels=tuple(config.classifier_config.label_tokens) if config.classifier_config else (),
-        unpaired=config.preference_tuning_config is not None
-        and config.preference_tuning_config.loss == "kto",
+        unpaired=config.preference.takes_unpaired_rows,
         context_length=config.context_length,
         max_context=facts.max_context,
         long_rows=config.long_rows,

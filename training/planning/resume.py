@@ -254,11 +254,10 @@ def differences(
 
 def _takes_the_same_steps(earlier: FinetuneConfig, config: FinetuneConfig) -> bool:
     """Return whether another number of devices trains on the same rows in each step, with the same loss."""
-    tuning = config.preference_tuning_config
     return (
         earlier.num_devices != config.num_devices
         and earlier.rows_per_step == config.rows_per_step
-        and not (tuning and tuning.loss == "kto")  # depends on the pairs that all devices process at once
+        and not config.preference.takes_unpaired_rows
     )
 
 

@@ -187,7 +187,8 @@ def cpu_has_bf16() -> bool:
 def template_warnings(
     config: FinetuneConfig, tokenizer: "PreTrainedTokenizerFast", *, has_reasoning: bool | None = None
 ) -> Iterator[str]:
-    """Warn of chat templates that do not mark the end of a response, mark it by text that does not stop generation, or ask otherwise.
+    """Warn of chat templates that do not mark the end of a response, mark it by text that does not stop
+    generation, or prompt by default in another way than in training.
 
     Args:
         config: The run's YAML.
@@ -314,7 +315,7 @@ def overlap_warnings(report: DataReport) -> Iterator[str]:
 
 
 def storage_warnings(config: FinetuneConfig, storage: str) -> Iterator[str]:
-    """Warn of an output_dir beside the default storage path: other tools write their results to it.
+    """Warn of an output_dir without a storage_path: unlike in other tools, it does not receive the results.
 
     Args:
         config: The YAML.

@@ -66,10 +66,6 @@ pytestmark = [
 ]
 
 
-def test_full_grid_has_40_kills():
-    assert sum(map(len, FULL)) == 40
-
-
 @dataclass
 class Site:
     """A service that is killed and started again."""
