@@ -31,6 +31,7 @@ from runs.layout import (
     samples_key,
     step_of_samples,
 )
+from utils.errors import first_line
 from utils.storage.bucket import DamagedError, Store, open_store
 
 _STEP_PHASES: tuple[Phase, ...] = ("data", "forward", "backward", "optimizer", "other")
@@ -89,7 +90,7 @@ def read_config(store: Store, key: str = CONFIG_FILE) -> StoredConfig | None:
     try:
         keys = unescaped(yaml.safe_load(content) or {})
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        return StoredConfig({}, None, f"{uri} is not valid YAML ({str(error).splitlines()[0]}). {_REWRITE}")
+        return StoredConfig({}, None, f"{uri} is not valid YAML ({first_line(error)}). {_REWRITE}")
     if not isinstance(keys, dict) or "model_id" not in keys:
         return StoredConfig({}, None, f"{uri} {_UNREADABLE}. {_REWRITE}")
     try:
