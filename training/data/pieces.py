@@ -9,7 +9,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import accumulate, compress, pairwise
+from itertools import compress, pairwise
 from operator import not_
 from typing import TYPE_CHECKING
 
@@ -76,7 +76,8 @@ def _keeps_words_apart(pre_tokenizer: str) -> bool:
 class PieceEncoder:
     """An encoder of texts by their pieces, for tokenizers for which `splits_at_spaces` is true.
 
-    A text is split at special tokens and at spaces. The ids of pieces are kept, in a limited amount of memory.
+    A text is split at special tokens and at spaces. The ids of pieces are kept, in a limited amount of memory. numpy and Arrow split all
+    texts of a call and number their different pieces, since loops over words would take longer than the tokenizer.
     """
 
     def __init__(self, backend: "Tokenizer", bytes_of: np.ndarray):
@@ -101,10 +102,10 @@ class PieceEncoder:
         """Return the token ids of all texts, int32 [tokens], and the number of each, int64 [texts]."""
         contents = [text.encode() for text in texts]
         whole = b"".join(contents)
-        begins = sums([len(content) for content in contents])
+        begins = sums(_lengths(contents))
         is_cut = _begins_pieces(whole)
         is_cut[begins] = True
-        for begin, content in zip(begins.tolist(), contents, strict=False):
+        for begin, content in zip(begins[:-1].tolist(), contents, strict=True):
             for found in self._special.finditer(content):
                 is_cut[begin + found.start()] = is_cut[begin + found.end()] = True
         cuts = np.flatnonzero(is_cut)
@@ -112,14 +113,12 @@ class PieceEncoder:
         pieces = pa.LargeStringArray.from_buffers(len(cuts) - 1, *buffers).dictionary_encode()
         ids_of_pieces = self._ids_of(pieces.dictionary.to_numpy(zero_copy_only=False).tolist())
         ids = np.frombuffer(b"".join(ids_of_pieces), np.int32)
-        counts = np.array([len(each) for each in ids_of_pieces], np.int64) // _ID_BYTES
+        counts = _lengths(ids_of_pieces) // _ID_BYTES
         numbers = pieces.indices.to_numpy()
         lengths = counts[numbers]
         ends = sums(lengths)
-        moved = sums(counts)[numbers] - ends[:-1]
-        return ids[np.repeat(moved, lengths) + np.arange(ends[-1])], np.diff(
-            ends[np.searchsorted(cuts, begins)]
-        )
+        places = np.repeat(sums(counts)[numbers] - ends[:-1], lengths) + np.arange(ends[-1])
+        return ids[places], np.diff(ends[np.searchsorted(cuts, begins)])
 
     def _ids_of(self, pieces: list[str]) -> list[bytes]:
         """Return the ids of different pieces, as int32."""
@@ -156,11 +155,11 @@ class PieceEncoder:
     def _part(self, ids: np.ndarray, text: str, pieces: list[str]) -> list[bytes] | None:
         """Return the ids of each piece of a text, or None if the lengths of its tokens do not tell them."""
         if not unicodedata.is_normalized("NFC", text):
-            return None
-        wanted = [*accumulate(len(piece.encode()) for piece in pieces)]
+            return None  # the normalizer may make one piece as much shorter as another one longer
+        wanted = sums(_lengths([piece.encode() for piece in pieces]))
         ends = sums(self._bytes_of[ids])
-        places = np.searchsorted(ends, [0, *wanted])
-        if ends[-1] != wanted[-1] or not np.array_equal(ends[places[1:]], wanted):
+        places = np.searchsorted(ends, wanted)
+        if ends[-1] != wanted[-1] or not np.array_equal(ends[places], wanted):
             return None
         raw = ids.tobytes()
         return [raw[begin:end] for begin, end in pairwise((places * _ID_BYTES).tolist())]
@@ -169,6 +168,10 @@ class PieceEncoder:
 def sums(counts: np.ndarray | list[int]) -> np.ndarray:
     """Return the cumulative sums with a leading 0, int64 [counts + 1]."""
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+
+def _lengths(contents: list[bytes]) -> np.ndarray:
+    return np.fromiter(map(len, contents), np.int64, len(contents))
 
 
 def _begins_pieces(content: bytes) -> np.ndarray:

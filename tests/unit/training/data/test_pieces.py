@@ -125,7 +125,9 @@ def piece_encoder(backend: Tokenizer) -> PieceEncoder:
 @pytest.mark.parametrize("family", list(FAMILIES))
 @given(texts=st.lists(_texts, min_size=1, max_size=4))
 @example(texts=["It is  2 \n  x<|im_end|>\n  It", " ", "", "你好" * 40])
-@example(texts=["x e\u0301e\u0301e\u0301 \u0958 x", "x \u0958"])  # NFC: one is 3 bytes shorter, the other 3 longer
+@example(
+    texts=["x e\u0301e\u0301e\u0301 \u0958 x", "x \u0958"]
+)  # NFC: one is 3 bytes shorter, the other 3 longer
 @example(texts=["It is\u3000 it", "is\u00a0 it is\u1680 it is\x85 it", "<|im", "_end|>"])
 def test_pieces_have_the_tokens_of_the_complete_text(
     families: dict[str, Tokenizer], family: str, texts: list[str]
