@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from training.data.pieces import PieceEncoder, splits_at_spaces
+from training.data.pieces import PieceEncoder, splits_at_spaces, sums
 from training.data.records import Tokens
 from training.data.rendered import Rendered, Span
 
@@ -81,10 +81,10 @@ class Encoder:
         self._whole_text = whole_text
         self._end_of_text: int | None = tokenizer.eos_token_id  # pyright: ignore[reportAttributeAccessIssue]
         self._adds_eos = self._backend.encode("a").ids[-1:] == [self._end_of_text]
-        self._bytes_of = _bytes_of_tokens(tokenizer)
+        self._bytes_of = bytes_of_tokens(self._backend)
         self._normalizes = "NFC" in _steps(self._backend.normalizer)
         self._pieces = (
-            PieceEncoder(self._backend)
+            PieceEncoder(self._backend, self._bytes_of)
             if self._bytes_of is not None and splits_at_spaces(self._backend)
             else None
         )
@@ -189,11 +189,6 @@ class Encoder:
         return found
 
 
-def sums(counts: np.ndarray | list[int]) -> np.ndarray:
-    """Return the cumulative sums with a leading 0, int64 [counts + 1]."""
-    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-
-
 def _concatenated(ids: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     """Return the ids of all sequences, int32 [tokens], and the number of each, int64 [sequences]."""
     lengths = np.array([len(each) for each in ids], np.int64)
@@ -224,11 +219,10 @@ def _byte_offsets(text: str) -> np.ndarray:
     return np.append(np.flatnonzero(content & 0xC0 != 0x80), len(content))
 
 
-def _bytes_of_tokens(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray | None:
+def bytes_of_tokens(backend: "Tokenizer") -> np.ndarray | None:
     """Return the byte length of each token by id, or None if tokens do not correspond to bytes of the text."""
     from tokenizers import models
 
-    backend = tokenizer.backend_tokenizer
     model = backend.model
     if not isinstance(model, models.BPE) or model.continuing_subword_prefix or model.end_of_word_suffix:
         return None

@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from training.data.encoding import Encoded, Encoder, sums
+from training.data.encoding import Encoded, Encoder
+from training.data.pieces import sums
 from training.data.records import Task, Tokens
 from training.data.rendered import Rendered
 from training.data.request import DataRequest
