@@ -102,7 +102,7 @@ def test_continued_adapter_resumes_and_exports_what_was_trained(
     expected = logits_of(run.model)
     merge_adapter(load_weights(model, dtype="fp32"), model, run.last).save_pretrained(tmp_path / "merged")
     found = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=5e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("saved", [["lm_head", "wte"], ["lm_head"]], ids=str)
