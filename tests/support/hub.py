@@ -30,6 +30,8 @@ class Repository:
     """Messages of the commits."""
     history: dict[str, dict[str, bytes]] = field(default_factory=dict)
     """Id of each earlier commit -> its files."""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """File -> the size that is stated of it, where it is not that of its content."""
 
     @property
     def sha(self) -> str:
@@ -166,7 +168,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         headers = {"ETag": f'"{etag(content)}"', "X_Repo_Commit": sha}
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
         if asked:
-            content = content[int(asked[1]) : int(asked[2]) + 1]
+            begin, size = int(asked[1]), len(content)
+            content = content[begin : int(asked[2]) + 1]
+            headers["Content_Range"] = f"bytes {begin}-{begin + len(content) - 1}/{size}"
+        if self.command == "HEAD" and file in found.sizes:
+            headers["X_Linked_Size"] = str(found.sizes[file])
         self.reply(content, 206 if asked else 200, **headers)
 
     # --- Pushing ---

@@ -695,16 +695,14 @@ def is_message(value: Any) -> bool:
     return isinstance(value, dict) and ("role" in value or "from" in value)
 
 
-def same_words(first: Any, second: Any) -> bool:
-    """Return whether two messages as written have the same role and text, whatever their keys and outer whitespace."""
-
-    def plain(message: dict[str, Any]) -> tuple[str | None, str]:
-        content = _written_content(message)
-        if isinstance(content, list | tuple):
-            content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-        return _ROLES.get(_written_role(message)), str(content or "").strip()
-
-    return is_message(first) and is_message(second) and plain(first) == plain(second)
+def words_of(message: Any) -> tuple[str | None, str] | None:
+    """Return the role and the text of a message, whatever its keys, without outer whitespace; None for another value."""
+    if not is_message(message):
+        return None
+    content = _written_content(message)
+    if isinstance(content, list | tuple):
+        content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    return _ROLES.get(_written_role(message)), str(content or "").strip()
 
 
 def read_history(value: Any, what: str) -> list[Message]:

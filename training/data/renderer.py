@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property
-from itertools import pairwise, takewhile
+from itertools import chain, pairwise, takewhile
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast, overload
 
@@ -46,7 +46,7 @@ from training.data.template_forms import (
     without_empty_thoughts,
     without_greeting,
 )
-from training.data.template_headers import headers_in
+from training.data.template_headers import headers_in, headings_in
 from training.data.template_traits import ANSWER, THOUGHT, TemplateTraits
 from training.data.tools import Tool, as_function
 from training.data.written_calls import with_tool_calls, writes_calls
@@ -313,11 +313,11 @@ class Renderer:
         if not isinstance(last, Rendered):
             return []
         if not isinstance(example, Chat | Pair):
-            return self._notes_of_headers([last.text], "the text")
-        notes = [
-            *last.notes,
-            *self._notes_of_headers([m["content"] for m in messages_of(example)], "messages"),
-        ]
+            return self._notes_of_headers(headers_in(last.text), "the text")
+        said = messages_of(example)
+        written = (header for m in said for header in headers_in(m["content"]))
+        asked = (heading for m in said if m["role"] == "user" for heading in headings_in(m["content"]))
+        notes = [*last.notes, *self._notes_of_headers(chain(written, asked), "messages")]
         messages = example.messages if isinstance(example, Chat) else example.prompt
         if isinstance(example, Chat) and len(messages) - 1 in example.untrained:
             notes.append("messages after the last answer in the loss are removed")
@@ -344,9 +344,9 @@ class Renderer:
             notes.append("some texts of `tools` are not in the rendering of the chat template")
         return notes
 
-    def _notes_of_headers(self, texts: Iterable[str], what: str) -> list[str]:
+    def _notes_of_headers(self, headers: Iterable[str], what: str) -> list[str]:
         """Return what the plan counts about texts that another chat template has rendered."""
-        for header in (header for text in texts for header in headers_in(text)):
+        for header in headers:
             if header not in self.template.source and not self.traits.special.fullmatch(header):
                 return [
                     f"{header} in {what} begins a turn of another chat template, and is plain text for this model"

@@ -20,8 +20,8 @@ from training.data.chats import (
     mask_messages,
     read_chat,
     read_history,
-    same_words,
     turns_of,
+    words_of,
     written_turns,
 )
 from training.data.class_names import ClassNumber
@@ -707,9 +707,8 @@ def _answer_side(row: dict[str, Any], name: str, prompt: list[Any], columns: Map
     if isinstance(value, str):
         messages = written_turns(value) or _written_messages(value)
         is_continued = bool(messages) and is_answer(messages[0]) and all(map(is_reply, messages))
-        if not is_continued and not any(
-            same_words(message, each) for message in messages for each in prompt[-1:]
-        ):
+        repeats = not set(map(words_of, prompt[-1:])).isdisjoint(map(words_of, messages))
+        if not is_continued and not repeats:
             return [{"role": "assistant", "content": _text_of(row, name, columns)}]
     return _side(row, name, "assistant", columns)
 
@@ -726,15 +725,14 @@ def _check_no_prefix(prompt: list[Any], answer: list[Any], name: str, columns: M
 
 def _joined(prompt: list[Any], side: list[Any], name: str, columns: Mapping[str, str]) -> list[Any]:
     """Return the messages of a side of a pair after its prompt, of which the side may repeat the last messages or all."""
-    ends = [place for place, message in enumerate(side[:-1]) if prompt and same_words(message, prompt[-1])]
-    for end in ends:
-        repeated = min(len(prompt), end + 1)
-        if all(
-            same_words(mine, theirs)
-            for mine, theirs in zip(prompt[-repeated:], side[end + 1 - repeated : end + 1], strict=True)
-        ):
-            return [*prompt[:-repeated], *side]
-    if ends and not is_answer(side[0]):
+    numbers: dict[Any, int] = {}
+    words, context = (
+        [numbers.setdefault(words_of(message) or object(), len(numbers)) for message in messages]
+        for messages in (prompt if side[1:] else [], side[:-1])
+    )
+    if repeated := _count_repeated(words, context):
+        return [*prompt[:-repeated], *side]
+    if words and words[-1] in context and not is_answer(side[0]):
         raise RowError(
             "two prompts",
             f"repeats the last message of {_called('prompt', columns)}, but has other messages before it. Remove the prompt from "
@@ -742,6 +740,27 @@ def _joined(prompt: list[Any], side: list[Any], name: str, columns: Mapping[str,
         )
     _check_no_prefix(prompt, side, name, columns)
     return [*prompt, *side]
+
+
+def _count_repeated(prompt: list[int], context: list[int]) -> int:
+    """Return how many of the last messages of a prompt are repeated: the fewest that begin the context, or all, anywhere in it."""
+    end = [-1]  # equal to no message
+    shared = _prefixes(context[: len(prompt)] + end + prompt)
+    count = shared[-1]
+    while count and shared[count - 1]:
+        count = shared[count - 1]
+    return count or (len(prompt) if len(prompt) in _prefixes(prompt + end + context) else 0)
+
+
+def _prefixes(numbers: list[int]) -> list[int]:
+    """Return, for each end, how many of the numbers before it are also the first ones of the list (Knuth, Morris and Pratt)."""
+    counts = [0] * len(numbers)
+    for end in range(1, len(numbers)):
+        count = counts[end - 1]
+        while count and numbers[end] != numbers[count]:
+            count = counts[count - 1]
+        counts[end] = count + (numbers[end] == numbers[count])
+    return counts
 
 
 def _prompt_of_pair(row: dict[str, Any], columns: Mapping[str, str]) -> list[Any]:

@@ -24,6 +24,7 @@ from utils.storage.bucket import (
     is_remote,
     local_path,
     open_ranges,
+    open_store,
 )
 
 if TYPE_CHECKING:
@@ -178,22 +179,44 @@ def _path_of_split(uri: str, directory: str) -> str:
 
 def _is_glob(place: str) -> bool:
     """Return whether a path is a pattern; a file, an object or a prefix may have `[` or `?` in its name."""
-    if not any(character in place for character in "*?["):
+    if not _has_wildcards(place):
         return False
-    if is_remote(place) and any(character in place.split("/")[2] for character in "*?["):
+    if is_remote(place) and _has_wildcards(place.split("/")[2]):
         return True  # no bucket has such a name
     return not (find_objects(place) if is_remote(place) else Path(place).exists())
+
+
+def _has_wildcards(text: str) -> bool:
+    return any(character in text for character in "*?[")
+
+
+def _directory_of(pattern: str) -> str:
+    """Return the directory before the first part that is a pattern; one that exists may have `[` or `?` in its name."""
+    parts = pattern.split("/")
+    for count, part in enumerate(parts[:-1]):
+        above = "/".join(parts[:count])
+        is_bucket = is_remote(pattern) and count == 2
+        if _has_wildcards(part) and (is_bucket or not _has_directory(above, part)):
+            return above
+    return "/".join(parts[:-1])
+
+
+def _has_directory(above: str, name: str) -> bool:
+    if is_remote(above):
+        return open_store(above).first(f"{name}/") is not None
+    return Path(f"{above}/{name}").is_dir()
 
 
 def _matches(pattern: str) -> list[tuple[str, str]]:
     """Return (URI, version) of the files that match a glob: `*` matches within a name, `**` any directories."""
     from fsspec.utils import glob_translate
 
-    directory = re.split(r"[*?[]", pattern)[0].rpartition("/")[0]
+    directory = _directory_of(pattern)
     if is_remote(pattern) and directory.count("/") < 2:
         raise DataError(f"{pattern}: the bucket name cannot be a glob pattern. Write the bucket's full name.")
     try:
-        matches = re.compile(glob_translate(pattern)).match
+        names = glob_translate(pattern.removeprefix(f"{directory}/"))
+        matches = re.compile(re.escape(f"{directory}/") + names).match
     except ValueError as error:
         raise DataError(
             f"{pattern}: invalid glob pattern ({error}). `**` must stand alone between two slashes."

@@ -202,6 +202,50 @@ def split_thought(content: str) -> tuple[str, str]:
     return (thought.strip(), f"\n{rest}") if found and "<think>" not in content else ("", content)
 
 
+@dataclass(frozen=True)
+class Channels:
+    """How the models of a family write their reasoning before their answer, other than in <think> tags."""
+
+    marks: tuple[str, ...]
+    """Special tokens around both; templates of other families lack the first one."""
+    thought: str
+    """Pattern of what begins their reasoning."""
+    answer: str
+    """Pattern of what begins their answer."""
+
+
+CHANNELS = (
+    Channels(
+        ("<|channel|>", "<|message|>", "<|constrain|>", "<|start|>", "<|end|>"),
+        thought=r"<\|channel\|>(?!final)[^<]*(?:<\|constrain\|>[^<]*)?(?:<\|message\|>)?",
+        answer=r"<\|channel\|>final[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>",
+    ),  # gpt-oss
+    Channels(("<|channel>", "<channel|>"), thought=r"<\|channel>thought\b", answer=r"<channel\|>"),  # Gemma 4
+    Channels(
+        ("<|eom|>", "<|message|>", "<|start|>"),
+        thought=r"to=self<\|message\|>",
+        answer=r"to=user<\|message\|>",
+    ),  # Muse Glimmer
+)
+_END_OF_CHANNEL = re.compile(r"<\|(?:end|eom|start)\|>")
+
+
+def answer_after_channels(text: str, prompt: str = "") -> str:
+    """Return a model's answer without the reasoning in channels before it; empty if the reasoning is unfinished.
+
+    Args:
+        text: What the model wrote; without channels, all of it is the answer.
+        prompt: Its prompt, whose end may begin the reasoning.
+    """
+    for channels in CHANNELS:
+        opened = re.search(rf"(?:{channels.thought})\s*$", prompt)
+        written = f"{opened[0]}{text}" if opened else text
+        if re.match(rf"\s*(?:{channels.thought}|{channels.answer})", written):
+            answer = re.search(channels.answer, written)
+            return _END_OF_CHANNEL.split(written[answer.end() :])[0] if answer else ""
+    return text
+
+
 def adapted(messages: Sequence[Message], form: Form, tools: Sequence[Tool] | None) -> list[Message]:
     """Return messages in the form that a template reads."""
     if form.short_ids:
@@ -216,7 +260,7 @@ def adapted(messages: Sequence[Message], form: Form, tools: Sequence[Tool] | Non
 def _with_ids(messages: Sequence[Message]) -> list[Message]:
     """Give calls and their results the same ids of nine characters; results without an id follow the order of the calls."""
     numbered: list[Message] = []
-    open_ids: list[str] = []
+    open_ids: dict[str, None] = {}
     for number, message in enumerate(messages):
         if "tool_calls" in message:
             results = [
@@ -229,13 +273,14 @@ def _with_ids(messages: Sequence[Message]) -> list[Message]:
                 call.get("id") or next(iter(results[place : place + 1]), None) or f"{number} {place}"
                 for place, call in enumerate(message["tool_calls"])
             ]
-            open_ids = list(map(_short_id, ids))
-            calls = [{**call, "id": own} for call, own in zip(message["tool_calls"], open_ids, strict=True)]
+            ids = list(map(_short_id, ids))
+            calls = [{**call, "id": own} for call, own in zip(message["tool_calls"], ids, strict=True)]
+            open_ids = dict.fromkeys(ids)
             message = {**message, "tool_calls": calls}
         elif message["role"] == "tool":
             given = message.get("tool_call_id")
             own = _short_id(given) if given else next(iter(open_ids), _short_id(str(number)))
-            open_ids = [each for each in open_ids if each != own]
+            open_ids.pop(own, None)
             message = {**message, "tool_call_id": own}
         numbered.append(message)
     return numbered

@@ -18,12 +18,21 @@ _KNOWN = re.compile(
     r"|<start_of_turn>|\[INST\]"
 )
 """Headers of turns of widespread chat templates: of ChatML, gpt-oss, Llama, Phi, Cohere, Granite, Gemma, DeepSeek and Mistral."""
+_HEADINGS = ((re.compile("### Instruction:"), "### Response:"), (re.compile(r"\bUSER:"), "ASSISTANT:"))
+"""Headings of the question and the answer in prompts of Alpaca and Vicuna; one of them alone may be any text."""
 
 
 def headers_in(text: str) -> Iterator[str]:
     """Yield the headers of widespread chat templates that stand in a text."""
     if any(beginning in text for beginning in _BEGINNINGS):
         yield from (found[0] for found in _KNOWN.finditer(text))
+
+
+def headings_in(text: str) -> Iterator[str]:
+    """Yield the heading of the question in a prompt of Alpaca or Vicuna, which ends with the heading of the answer."""
+    for question, answer in _HEADINGS:
+        if text.rstrip().endswith(answer) and (found := question.search(text)):
+            yield found[0]
 
 
 class Headers:

@@ -30,7 +30,7 @@ from training.data.renderer import Renderer
 from training.data.row_pass import Tally
 from training.data.rows import RowSchema, rating_of, read_row, recognise
 from training.data.sources import find_files, open_file
-from training.data.template_forms import split_thought
+from training.data.template_forms import CHANNELS, answer_after_channels, split_thought
 from training.data.token_files import digest_of
 from training.events import WorkersFailedError
 from training.inference.checkpoint_model import TrainedModel
@@ -393,14 +393,17 @@ class _Worker:
 def tokens_left_out(
     tokenizer: "PreTrainedTokenizerFast", stops: Iterable[int], trained: Iterable[str]
 ) -> frozenset[int]:
-    """Return the special tokens that are no part of an answer: all but those that a run has added, if they do not end answers.
+    """Return the special tokens that are no part of an answer: all but those that a run has added and those around channels, if they do
+    not end answers.
 
     Args:
         tokenizer: The tokenizer.
         stops: The tokens that end an answer.
         trained: The run's `new_special_tokens`, which its answers contain.
     """
-    own = set(trained)
+    template = str(tokenizer.chat_template)
+    marks = (channels.marks for channels in CHANNELS if channels.marks[0] in template)
+    own = set(trained).union(*marks)
     others = {
         token
         for token, added in tokenizer.added_tokens_decoder.items()
@@ -511,7 +514,7 @@ def _without_reasoning(text: str, prompt: str = "") -> str:
         text = f"<think>{text}"
     if text.lstrip().startswith("<think>") and "</think>" not in text:
         return ""
-    return split_thought(text)[1]
+    return answer_after_channels(split_thought(text)[1], prompt)
 
 
 def score(question: Question, text: str, match: Match, was_trained: bool | None) -> Answer:

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path, PurePosixPath
@@ -31,6 +31,8 @@ ALL_WEIGHTS = "its *.safetensors"
 """The weight files of a model in messages that cannot name one."""
 _SINGLE = "model.safetensors"
 _REQUESTS = 16  # to the Hub at a time
+_BYTES_ON_THE_HUB = 100_000
+"""Bytes that one request reads of a weight file on the Hub; most headers are shorter."""
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 COMPLETE_TOKENIZER = frozenset({"tokenizer.json", "tokenizer_config.json"})
 """Files without which a tokenizer beside an adapter is not used."""
@@ -416,29 +418,36 @@ def read_hub_facts(model_id: str) -> ModelFacts:
 def _read_hub_header(model_id: str, file: str) -> dict[str, StoredTensor]:
     """Read the header of a weight file on the Hub with the Hub's client, and check it as that of a local file."""
     import huggingface_hub
-    from huggingface_hub.errors import SafetensorsParsingError
 
-    try:
-        content = huggingface_hub.parse_safetensors_file_metadata(model_id, file)
-        described = {
-            name: {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": tensor.data_offsets}
-            for name, tensor in content.tensors.items()
-        }
-        _check_header({"__metadata__": content.metadata, **described})
-    except (SafetensorsParsingError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ModelError(
-            f"model {model_id}: {file}: the header cannot be parsed ({first_line(error)}). Upload it again."
-        ) from error
-    return {
-        name: StoredTensor(
-            file=file,
-            dtype=tensor.dtype,
-            shape=tuple(tensor.shape),
-            size=tensor.data_offsets[1] - tensor.data_offsets[0],
-            start=None,
-        )
-        for name, tensor in content.tensors.items()
-    }
+    where, url = f"model {model_id}: {file}", huggingface_hub.hf_hub_url(model_id, file)
+    stated = huggingface_hub.get_hf_file_metadata(url).size
+    if stated is None:
+        raise ModelError(f"{where}: the Hub does not state its size, without which it cannot be downloaded.")
+    beginning = b""
+
+    def read(start: int, length: int) -> bytes:
+        nonlocal beginning
+        if start + length > len(beginning):
+            beginning, size = _read_hub_beginning(url, max(start + length, _BYTES_ON_THE_HUB))
+            if size not in (None, stated):
+                raise ModelError(
+                    f"{where}: the Hub states {stated} bytes, but stores {size}; the file is truncated or corrupt. Upload it again."
+                )
+        return beginning[start : start + length]
+
+    tensors = _parse_header(file, where, stated, read)
+    return {name: replace(tensor, start=None) for name, tensor in tensors.items()}
+
+
+def _read_hub_beginning(url: str, length: int) -> tuple[bytes, int | None]:
+    """Return the first bytes of a file on the Hub and the size of the file; None if the server does not send it with them."""
+    from huggingface_hub import constants, utils
+
+    headers = utils.build_hf_headers() | {"Range": f"bytes=0-{length - 1}"}
+    response = utils.get_session().get(url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    utils.hf_raise_for_status(response)
+    size = response.headers.get("Content-Range", "").rpartition("/")[2]
+    return response.content, int(size) if size.isdigit() else None
 
 
 def fetch_hub_model(model_id: str, wanted: Callable[[str], bool], revision: str | None = None) -> Path:
@@ -685,16 +694,29 @@ def check_weight_files(directory: Path) -> None:
 
 
 def _read_header(store: Store, name: str, size: int) -> dict[str, StoredTensor]:
-    where = join_uri(store.uri, name)
+    return _parse_header(name, join_uri(store.uri, name), size, partial(store.read_range, name))
+
+
+def _parse_header(
+    name: str, where: str, size: int, read: Callable[[int, int], bytes]
+) -> dict[str, StoredTensor]:
+    """Read the header of a weight file, and check that it fits the size of the file.
+
+    Args:
+        name: Name of the file.
+        where: Its name in messages.
+        size: Its size in bytes.
+        read: Returns the bytes of a range, given its start and its length.
+    """
     if size < 8:
         raise ModelError(f"{where}: {size} bytes is too short for a safetensors file. Upload it again.")
-    (length,) = struct.unpack("<Q", store.read_range(name, 0, 8))
+    (length,) = struct.unpack("<Q", read(0, 8))
     if length > min(size - 8, _MAX_HEADER_BYTES):
         raise ModelError(
             f"{where}: header length is {length} bytes but the file has {size}; it is corrupt or not a safetensors file. Upload it again."
         )
     try:
-        header = json.loads(store.read_range(name, 8, length))
+        header = json.loads(read(8, length))
         described = {key: value for key, value in header.items() if key != "__metadata__"}
         end = max((value["data_offsets"][1] for value in described.values()), default=0)
         _check_header(header)

@@ -51,6 +51,9 @@ OBJECTS = {
     "day-1/e.csv": b"prompt,completion\nWhat is seven?,seven\n",
     "day-2/e.csv": b"prompt,completion\nWhat is eight?,eight\n",
     "one[1]/f.jsonl": jsonl("seven"),
+    "one1/g.jsonl": jsonl("eight"),
+    "one[1]/deep?/h.jsonl": jsonl("nine"),
+    "one[1]/deeper/i.jsonl": jsonl("ten"),
 }
 
 
@@ -76,8 +79,14 @@ def tokenizer(tiny_model: Path) -> PreTrainedTokenizerFast:
         ("rows/**/*.gz", ["rows/deep/er/b.jsonl.gz"]),
         ("row*/?.jsonl", ["rows-of-others/d.jsonl", "rows/a.jsonl"]),
         ("day-[12]/*", ["day-1/e.csv", "day-2/e.csv"]),
-        ("one[1]", ["one[1]/f.jsonl"]),
-        ("one[1]/", ["one[1]/f.jsonl"]),
+        ("one[1]", ["one[1]/deep?/h.jsonl", "one[1]/deeper/i.jsonl", "one[1]/f.jsonl"]),
+        ("one[1]/", ["one[1]/deep?/h.jsonl", "one[1]/deeper/i.jsonl", "one[1]/f.jsonl"]),
+        ("one[1]/*.jsonl", ["one[1]/f.jsonl"]),
+        ("one[1]/deep?/*", ["one[1]/deep?/h.jsonl"]),
+        ("one[1]/deep*/*", ["one[1]/deep?/h.jsonl", "one[1]/deeper/i.jsonl"]),
+        ("one[1]/**/[hi].jsonl", ["one[1]/deep?/h.jsonl", "one[1]/deeper/i.jsonl"]),
+        ("one[12]/*.jsonl", ["one1/g.jsonl"]),
+        ("*/f.jsonl", ["one[1]/f.jsonl"]),
         ("rows/_temporary/*", ["rows/_temporary/c.jsonl"]),
     ],
 )

@@ -10,11 +10,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from configs.schema import ExportConfig
 from runs.layout import EXPORT_FILE, Export
 from tests.support.adapters import FILE, change_config, change_tensors
+from tests.support.tiny_model import make_model
 from tests.support.trained_runs import store_adapter_run, store_full_run
 from training.inference import export as exporting
 from training.inference import merging, verifying
@@ -99,6 +100,10 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
     "rsLoRA": ({"use_rslora": True}, "layers.1.mlp.up_proj.lora_B.weight"),
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, "lm_head.weight"),
     "token indices": ({"trainable_token_indices": list(range(256))}, "trainable_tokens_delta"),
+    "target_parameters": (
+        {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]},
+        "layers.1.mlp.experts.lora_B.weight",
+    ),
 }
 """Kind -> (its settings, the end of the name of a tensor that only this kind has, or whose scale it changes)."""
 
@@ -113,9 +118,13 @@ def test_wrong_merge_of_each_kind_is_not_published(
     kind: str, sabotage: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     settings, tensor = KINDS[kind]
+    has_experts = kind == "target_parameters"
+    base = (
+        make_model(tmp_path / "model", kind=MixtralConfig, num_local_experts=4) if has_experts else tiny_model
+    )
     storage = open_store(str(tmp_path / "runs"))
     scratch = str(tmp_path / "scratch")
-    run = store_adapter_run(storage, "run", tiny_model, {**LORA, **settings}, output_dir=scratch)
+    run = store_adapter_run(storage, "run", base, {**LORA, **settings}, output_dir=scratch)
     merge = merging.merge_adapter
 
     def merge_wrongly(model: Any, base: Path, adapter: Path) -> Any:

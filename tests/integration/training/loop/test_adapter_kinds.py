@@ -24,6 +24,7 @@ from tests.support.adapter_training import (
 from tests.support.adapter_uses import rejection
 from tests.support.adapters import FILE, KINDS, logits_of, make_models, meta_model
 from tests.support.model_requests import model_request
+from training.inference.merging import merge_adapter
 from training.models.adapter import continued_adapter
 from training.models.files import read_adapter_facts
 from training.models.torch_provider import attach_adapter, load_weights
@@ -79,6 +80,29 @@ def test_resumed_adapter_equals_the_uninterrupted_one(kind: str, models: dict[st
     assert all(torch.equal(resumed.weights[name], weight) for name, weight in run.weights.items())
     assert len(resumed.moments) == len(run.moments)
     assert all(map(torch.equal, resumed.moments, run.moments))
+
+
+@pytest.mark.parametrize("kind", kinds("bias: lora_only"))
+def test_continued_adapter_resumes_and_exports_what_was_trained(
+    kind: str, models: dict[str, Path], tmp_path: Path
+):
+    skip_if_rejected(kind, "continue", models)
+    model = models[KINDS[kind][0]]
+    run = Run(continued_request(kind, model, tmp_path / "adapter"), tmp_path / "run")
+    check_trained(run)
+    biases = [name for name in run.trainable if name.endswith(".bias") and ".lora_" not in name]
+    assert bool(biases) == kind.startswith("bias:")
+    assert all(run.before[name].abs().max() > 0.1 for name in biases)
+
+    again = continued_request(kind, model, tmp_path / "again")
+    resumed = Run(again, tmp_path / "resumed", resume_from=run.checkpoint)
+    assert all(torch.equal(resumed.weights[name], weight) for name, weight in run.weights.items())
+    assert all(map(torch.equal, resumed.moments, run.moments))
+
+    expected = logits_of(run.model)
+    merge_adapter(load_weights(model, dtype="fp32"), model, run.last).save_pretrained(tmp_path / "merged")
+    found = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=5e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("saved", [["lm_head", "wte"], ["lm_head"]], ids=str)

@@ -457,6 +457,14 @@ def test_merged_messages_keep_both_texts():
     assert chat.messages[0]["content"] == "Answer briefly.\n\nBe kind."
 
 
+def test_very_many_messages_of_a_role_are_merged_in_linear_time():
+    """Joining the texts at each message would copy a hundred gigabytes."""
+    long, count = "x" * 1000, 20_000
+    asked = [{"role": "user", "content": long}] * count
+    chat = read({"messages": [*asked, ANSWER]})
+    assert [len(message["content"]) for message in chat.messages[:-1]] == [count * 1002 - 2]
+
+
 def test_a_greeting_is_context_and_not_in_the_loss():
     row = {"messages": [ANSWER, USER, ANSWER]}
     assert read(row).untrained == (0,)

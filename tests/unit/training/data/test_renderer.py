@@ -424,6 +424,8 @@ def test_a_label_is_found_among_the_texts_of_the_template(chatml: PreTrainedToke
     assert str(tokenizer.decode(ids)).endswith(f"assistant\nfinal<|message|>{label}")
 
 
+ALPACA = "Below is an instruction.\n\n### Instruction:\n2 + 2?\n\n### Response:\n"
+VICUNA = "A chat between a curious user and an assistant. USER: 2 + 2? ASSISTANT:"
 FOREIGN = "<|start_header_id|>user<|end_header_id|>\n\n2 + 2?<|eot_id|>"
 
 
@@ -435,6 +437,14 @@ FOREIGN = "<|start_header_id|>user<|end_header_id|>\n\n2 + 2?<|eot_id|>"
         (chat([(FOREIGN, "4")]), "<|start_header_id|>"),
         (chat([("2 + 2?", "<start_of_turn>model\n4")]), "<start_of_turn>"),
         (Pair([{"role": "user", "content": FOREIGN}], [ANSWER_4], [ANSWER_5]), "<|start_header_id|>"),
+        (chat([(ALPACA, "4")]), "### Instruction:"),
+        (chat([(VICUNA, "4")]), "USER:"),
+        (Pair([{"role": "user", "content": VICUNA}], [ANSWER_4], [ANSWER_5]), "USER:"),
+        (chat([("Continue: ### Response:", "4")]), ""),
+        (chat([("What is wrong? USER: Hi ASSISTANT: Hello", "4")]), ""),
+        (chat([("### Instruction: 2 + 2?", "4")]), ""),
+        (Filled(ALPACA, "4"), ""),
+        (Text(f"{VICUNA} 4"), ""),
         (Text("<|im_start|>user\n2 + 2?<|im_end|>\n"), ""),
         (chat([("What are <|im_start|> and <|user|x|>?", "4")]), ""),
     ],

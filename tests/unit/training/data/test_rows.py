@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.messages import assert_names
+from training.data import rows
 from training.data.class_names import with_names
 from training.data.errors import RowError
 from training.data.records import Chat, Example, Filled, Pair, Task, Text
@@ -557,3 +558,26 @@ def test_any_json_is_an_example_or_raises_a_row_error(task: Task, row: dict[str,
     except RowError:
         return
     assert isinstance(example, Pair if task == "preference_tuning" else Chat | Text)
+
+
+def test_a_pair_of_very_many_messages_is_joined_in_linear_time():
+    """Comparing each end of the side with the prompt would take minutes."""
+    count = 10_000
+    other = {**USER, "content": "2 + 3?"}
+    prompt = [*[USER] * count, other, *[USER] * count]
+    row = {"prompt": prompt, "chosen": [SYSTEM, *[USER] * 4 * count, ASSISTANT], "rejected": "5"}
+    with pytest.raises(RowError, match=r"`chosen`: repeats the last message of `prompt`"):
+        read(row, "preference_tuning")
+
+
+@given(
+    prompt=st.lists(st.integers(0, 2), max_size=5),
+    context=st.lists(st.integers(0, 2), max_size=8),
+)
+def test_repeated_messages_of_a_prompt_are_the_fewest_or_all(prompt: list[int], context: list[int]):
+    def repeated_before(end: int) -> int:
+        count = min(len(prompt), end)
+        return count if count and prompt[-count:] == context[end - count : end] else 0
+
+    counts = map(repeated_before, range(1, len(context) + 1))
+    assert rows._count_repeated(prompt, context) == next(filter(None, counts), 0)

@@ -218,6 +218,22 @@ def test_directories_and_globs_list_their_data_files(tmp_path: Path, monkeypatch
         find_files(str(tmp_path / "empty"), 0)
 
 
+def test_a_directory_with_brackets_in_its_name_is_no_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("one[1]/a.jsonl", "one[1]/two?/b.jsonl", "one[1]/twos/c.jsonl", "one1/d.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_bytes(jsonl(ROWS))
+
+    def names(path: str) -> list[str]:
+        return [os.path.relpath(file.uri, tmp_path) for file in find_files(path, 0)]
+
+    assert names(f"{tmp_path}/one[1]/*.jsonl") == ["one[1]/a.jsonl"]
+    assert names(f"{tmp_path}/one[1]/two?/*") == ["one[1]/two?/b.jsonl"]
+    assert names(f"{tmp_path}/one[1]/two*/*") == ["one[1]/two?/b.jsonl", "one[1]/twos/c.jsonl"]
+    assert names(f"{tmp_path}/one[12]/*") == ["one1/d.jsonl"]
+    monkeypatch.chdir(tmp_path / "one[1]")
+    assert names("*.jsonl") == ["one[1]/a.jsonl"]
+
+
 def test_changed_content_changes_the_version(tmp_path: Path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"1")

@@ -23,6 +23,7 @@ from training.data.records import Chat, Pair
 from training.data.rendered import Rendered
 from training.data.renderer import Renderer
 from training.data.rows import RowSchema, read_row, recognise
+from training.data.template_forms import answer_after_channels
 
 TEMPLATES = {
     path.stem: path.read_text()
@@ -1124,6 +1125,24 @@ def test_gpt_oss_trains_its_channels_and_stops_only_where_an_answer_ends(tokeniz
     settings = GenerationConfig(eos_token_id=tokenizer.convert_tokens_to_ids(["<|return|>", "<|call|>"]))
     assert set(stop_tokens(settings, tokenizer)) == set(settings.eos_token_id)
     assert stop_tokens(None, tokenizer) == [tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("reasoning", ["A thought 1.", None])
+def test_answer_is_found_after_the_channels_of_each_template(reasoning: str | None, tokenizers: Tokenizers):
+    """A template that writes its reasoning in another way must be added to the channels."""
+    found = 0
+    for tokenizer in tokenizers.values():
+        renderer = Renderer(tokenizer, whole_text=False)
+        if not renderer.traits.has_own_thoughts:
+            continue
+        found += 1
+        keys = {"reasoning_content": reasoning} if reasoning else {}
+        (sequence,) = renderer.render(read({"messages": [user(1), answer(1, **keys)]}))
+        ((begin, end),) = sequence.spans
+        written = sequence.text[begin:end].removesuffix(renderer.traits.end_marker)
+        assert (reasoning or "") in written
+        assert answer_after_channels(written, sequence.text[:begin]) == answer(1)["content"]
+    assert found >= 4
 
 
 def test_stop_tokens_contain_an_end_token_that_follows_other_text():

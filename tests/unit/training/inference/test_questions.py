@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trl
 from transformers import AutoTokenizer
 
 from runs.layout import DATA_REPORT_FILE
@@ -15,7 +16,14 @@ from tests.support.prepared import prepare, request
 from tests.support.trained_runs import store_full_run
 from training.data.errors import DataError
 from training.inference.checkpoint_model import trained_model
-from training.inference.evaluate import EvaluationSettings, Match, Question, read_questions, score
+from training.inference.evaluate import (
+    EvaluationSettings,
+    Match,
+    Question,
+    read_questions,
+    score,
+    tokens_left_out,
+)
 from training.planning.endpoints import ClusterTarget
 from utils.storage.bucket import open_store
 
@@ -184,3 +192,47 @@ def test_reasoning_is_not_compared(
 def test_a_number_is_expected_outside_the_reasoning(questions_of: Read):
     with pytest.raises(DataError, match=r"rows\.jsonl:1: the answer contains no number"):
         questions_of({**ROW, "completion": f"{THINKING}I do not know."})
+
+
+ANALYSIS = "<|channel|>analysis<|message|>Is it #### 5 or 6?"
+FINAL = "<|end|><|start|>assistant<|channel|>final<|message|>"
+PREAMBLE = "<|end|><|start|>assistant<|channel|>commentary<|message|>Is it 5?"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "text"),
+    [
+        ("", f"{ANALYSIS}{FINAL}It is 4.", "It is 4."),
+        ("", f"{ANALYSIS}{PREAMBLE}{FINAL}It is 4.", "It is 4."),
+        ("", "<|channel|>final<|message|>It is 4.", "It is 4."),
+        ("", "<|channel|>final <|constrain|>json<|message|>It is 4.", "It is 4."),
+        ("", f"{ANALYSIS}{FINAL}It is 4.<|end|><|start|>user<|message|>5 + 5?", "It is 4."),
+        ("<|channel|>analysis<|message|>", f"Is it 5?{FINAL}It is 4.", "It is 4."),
+        ("<|channel|>final<|message|>", "It is 4.", "It is 4."),
+        ("", ANALYSIS, None),
+        ("", "<|channel|>ana", None),
+        ("", f"{ANALYSIS}{PREAMBLE}", None),
+        ("<|channel|>analysis<|message|>", "Is it 5?", None),
+        ("", "<|channel>thought\nIs it 5?\n<channel|>It is 4.", "It is 4."),
+        ("<|channel>thought\n", "Is it 5?\n<channel|>It is 4.", "It is 4."),
+        ("", "<|channel>thought\nIs it 5?", None),
+        ("", " to=self<|message|>Is it 5?<|eom|><|start|>assistant to=user<|message|>It is 4.", "It is 4."),
+        ("", " to=self<|message|>Is it 5?", None),
+    ],
+)
+def test_only_the_channel_of_the_answer_is_compared(prompt: str, answer: str, text: str | None):
+    question = Question("rows.jsonl:1", f"2 + 2?{prompt}", [1], "It is 4.", frozenset())
+    by_text, by_number = (score(question, answer, match, None) for match in ("text", "number"))
+    assert (by_text.answer, by_text.answer_match, by_text.correct) == (answer, text, text is not None)
+    assert by_number.answer_match == (None if text is None else "4")
+
+
+def test_marks_of_channels_are_part_of_an_answer_where_the_template_writes_them(tiny_model: Path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    marks = ["<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|return|>", "<|call|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    ids = tokenizer.convert_tokens_to_ids(marks)
+    stops = ids[-2:]
+    assert set(ids) <= tokens_left_out(tokenizer, stops, [])
+    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / "gptoss.jinja").read_text()
+    assert set(ids) & tokens_left_out(tokenizer, stops, []) == set(stops)

@@ -324,8 +324,8 @@ def test_shards_on_the_hub_are_counted_by_their_index(
 @pytest.fixture
 def hub_files(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[dict[str, bytes], Path]]:
-    """Yield the files of org/base on a Hub that this process uses, which a test may change, and the directory of its cache."""
+) -> Iterator[tuple[Repository, Path]]:
+    """Yield org/base on a Hub that this process uses, which a test may change, and the directory of its cache."""
     with running_hub() as hub:
         repository = Repository({path.name: path.read_bytes() for path in model.iterdir()})
         hub.repositories["models/org/base"] = repository
@@ -336,7 +336,7 @@ def hub_files(
         served = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.endpoint)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", served)
         monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-        yield repository.files, cache
+        yield repository, cache
 
 
 def with_header(content: Any) -> bytes:
@@ -368,14 +368,14 @@ def with_header(content: Any) -> bytes:
 )
 @pytest.mark.parametrize("in_shards", [False, True])
 def test_damaged_weights_on_the_hub_raise_an_error_with_model_and_file(
-    in_shards: bool, content: bytes, hub_files: tuple[dict[str, bytes], Path]
+    in_shards: bool, content: bytes, hub_files: tuple[Repository, Path]
 ):
-    on_hub, _ = hub_files
+    on_hub = hub_files[0].files
     file = "weights.safetensors" if in_shards else "model.safetensors"
     if in_shards:
         on_hub["model.safetensors.index.json"] = json.dumps(METADATA | LISTED).encode()
     on_hub[file] = content
-    with pytest.raises(ModelError, match=rf"^model org/base: {file}: the header .*Upload it again\.$"):
+    with pytest.raises(ModelError, match=rf"^model org/base: {file}: .*Upload it again\.$"):
         read_hub_facts("org/base")
 
 
@@ -388,16 +388,55 @@ def test_damaged_weights_on_the_hub_raise_an_error_with_model_and_file(
     ],
 )
 def test_a_damaged_config_on_the_hub_raises_an_error_with_the_file(
-    content: bytes, fault: str, hub_files: tuple[dict[str, bytes], Path]
+    content: bytes, fault: str, hub_files: tuple[Repository, Path]
 ):
-    on_hub, cache = hub_files
-    on_hub["config.json"] = content
+    repository, cache = hub_files
+    repository.files["config.json"] = content
     with pytest.raises(ModelError, match=rf"^{cache}/models--org--base/.*/config\.json: {fault}"):
         read_hub_facts("org/base")
 
 
-def test_a_hub_model_without_safetensors_raises_an_error(hub_files: tuple[dict[str, bytes], Path]):
-    on_hub, _ = hub_files
+@pytest.mark.parametrize("in_shards", [False, True])
+@pytest.mark.parametrize("change", [-1000, -1, 1])
+def test_weights_on_the_hub_of_another_size_than_their_header_requires_raise_an_error(
+    in_shards: bool, change: int, hub_files: tuple[Repository, Path]
+):
+    on_hub = hub_files[0].files
+    file = "weights.safetensors" if in_shards else "model.safetensors"
+    if in_shards:
+        on_hub["model.safetensors.index.json"] = json.dumps(METADATA | LISTED).encode()
+    complete = on_hub["model.safetensors"]
+    on_hub[file] = complete[:change] if change < 0 else complete + bytes(change)
+    sizes = rf"has {len(complete) + change} bytes, but its header requires {len(complete)}"
+    with pytest.raises(ModelError, match=rf"^model org/base: {file}: {sizes}; .*Upload it again\.$"):
+        read_hub_facts("org/base")
+
+
+@pytest.mark.parametrize(("stated", "stored"), [(0, -1), (-1, 0), (-1, -2)])
+def test_weights_on_the_hub_of_another_size_than_stated_raise_an_error(
+    stated: int, stored: int, hub_files: tuple[Repository, Path]
+):
+    """The Hub states the size of the file that was uploaded, and a worker could not download another one."""
+    repository, _ = hub_files
+    content = repository.files["model.safetensors"]
+    size = len(content)
+    repository.sizes["model.safetensors"] = size + stated
+    repository.files["model.safetensors"] = content[: size + stored]
+    sizes = f"states {size + stated} bytes, but stores {size + stored}"
+    with pytest.raises(ModelError, match=rf"^model org/base: model\.safetensors: the Hub {sizes};"):
+        read_hub_facts("org/base")
+
+
+def test_a_long_header_on_the_hub_is_read(
+    hub_files: tuple[Repository, Path], monkeypatch: pytest.MonkeyPatch
+):
+    expected = read_hub_facts("org/base")
+    monkeypatch.setattr(files, "_BYTES_ON_THE_HUB", 16)
+    assert read_hub_facts("org/base") == expected
+
+
+def test_a_hub_model_without_safetensors_raises_an_error(hub_files: tuple[Repository, Path]):
+    on_hub = hub_files[0].files
     assert read_hub_facts("org/base").tensors
     on_hub["pytorch_model.bin"] = on_hub.pop("model.safetensors")
     with pytest.raises(ModelError, match=r"^model org/base: has no safetensors weights on the Hub"):
