@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 from decimal import Decimal
@@ -465,9 +466,10 @@ def _answer_rows(worker: Any, batch: tuple[list[int], list[Sequence[int]]]) -> A
 
 
 def _results(pool: ActorPool) -> Iterator[Any]:
-    """Yield the results of a pool, in any order."""
+    """Yield the results of a pool, in any order; without a timeout, Ray would hide which signal interrupts it."""
     while pool.has_next():
-        yield pool.get_next_unordered()
+        with suppress(TimeoutError):
+            yield pool.get_next_unordered(timeout=_POLL_SECONDS)
 
 
 # --- Scores -------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from ray.util import placement_group_table
 from configs.schema import FinetuneConfig
 from training.launch.answering import cannot_connect
 from training.launch.packaging import EVERYTHING_BUT_CODE, PROJECT
-from training.launch.vitals import ClusterLostError, LostInterrupt, Vitals
+from training.launch.vitals import ClusterLostError, Vitals
 from training.loop.ray_internals import (
     RAY_JOB_CONFIG_JSON_ENV_VAR,
     autoscaler_maximum,
@@ -111,7 +111,10 @@ def disconnecting() -> Iterator[Connection]:
     connection = Connection()
     try:
         yield connection
-    except LostInterrupt as lost:
+    except KeyboardInterrupt as interrupt:  # ray.get raises it in place of LostInterrupt
+        lost = vitals().lost
+        if isinstance(interrupt, Stopped) or not lost:
+            raise
         connection.keeps_logs = True
         raise ClusterLostError(lost) from None
     finally:

@@ -62,14 +62,12 @@ def test_cluster_of_this_machine_that_is_lost_while_the_run_is_planned(
     assert not alive
 
 
-@pytest.mark.parametrize("after", [0.0, 0.7, 1.5])
-def test_cluster_that_is_lost_while_a_dry_run_asks_it(after: float, files: Path, tmp_path: Path):
+def test_cluster_that_is_lost_while_a_dry_run_asks_it(files: Path, tmp_path: Path):
     """Ray blocks the main thread in calls to the GCS, which no signal interrupts."""
     settings = tiny_settings(files) | {"num_devices": 1, "train_path": str(files / "valid.jsonl")}
     config = write_yaml(tmp_path / "run.yaml", settings)
     with ray_cluster(cpus=1) as cluster, started(config, cluster.variables, arguments=["--dry-run"]) as job:
         job.wait_for_line("checking the cluster")
-        time.sleep(after)
         cluster.kill_head("gcs_server")
         assert "gcs_server.out" in end_of(job, time.monotonic())
 
@@ -125,8 +123,7 @@ except AnnealError as error:
     [("time.sleep(100)", "raised: "), ("ray.nodes(); time.sleep(100)", "error: ")],
     ids=["joins the rows", "asks the GCS"],
 )
-@pytest.mark.parametrize("process", ["gcs_server", "raylet"])
-def test_cluster_that_is_lost_while_the_driver_works_on_prepared_rows(process: str, work: str, how: str):
+def test_cluster_that_is_lost_while_the_driver_works_on_prepared_rows(work: str, how: str):
     with ray_cluster(cpus=1) as cluster:
         driver = subprocess.Popen(
             [sys.executable, "-c", WORK_WHILE_CONNECTED, work],
@@ -139,7 +136,7 @@ def test_cluster_that_is_lost_while_the_driver_works_on_prepared_rows(process: s
         )
         try:
             assert driver.stdout and driver.stdout.readline() == "connected\n"
-            cluster.kill_head(process)
+            cluster.kill_head("gcs_server")
             killed = time.monotonic()
             _, errors = driver.communicate("\n", timeout=100)
         finally:
@@ -148,5 +145,5 @@ def test_cluster_that_is_lost_while_the_driver_works_on_prepared_rows(process: s
     assert time.monotonic() - killed < MOST_SECONDS
     assert driver.returncode == 1, errors
     (line,) = [line for line in errors.splitlines() if "cluster was lost" in line]
-    assert_names(line, f"{process}.out", "Run the same command again.")
-    assert line.startswith(how if process == "gcs_server" else ("raised: ", "error: ")), line
+    assert_names(line, "gcs_server.out", "Run the same command again.")
+    assert line.startswith(how), line
