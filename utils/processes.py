@@ -53,6 +53,9 @@ class Stopped(KeyboardInterrupt):
         return 128 + self.number
 
 
+_last_stopped: Stopped | None = None
+
+
 def raise_signals() -> None:
     """Raise `Stopped` in the main thread on each of the FORWARDED signals from now on, except while code cleans up after a `Stopped`."""
     handle_signals(_raise_stopped)
@@ -110,9 +113,16 @@ def is_stopping() -> bool:
     return handled is not None
 
 
+def last_stopped() -> Stopped | None:
+    """Return the last `Stopped` that a signal has raised: calls of Ray replace it by a KeyboardInterrupt (2.60.0)."""
+    return _last_stopped
+
+
 def _raise_stopped(number: int) -> None:
+    global _last_stopped
     if not is_stopping():
-        raise Stopped(number)
+        _last_stopped = Stopped(number)
+        raise _last_stopped
 
 
 @contextmanager

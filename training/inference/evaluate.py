@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 from decimal import Decimal
@@ -466,10 +465,9 @@ def _answer_rows(worker: Any, batch: tuple[list[int], list[Sequence[int]]]) -> A
 
 
 def _results(pool: ActorPool) -> Iterator[Any]:
-    """Yield the results of a pool, in any order; without a timeout, Ray would hide which signal interrupts it."""
+    """Yield the results of a pool, in any order."""
     while pool.has_next():
-        with suppress(TimeoutError):
-            yield pool.get_next_unordered(timeout=_POLL_SECONDS)
+        yield pool.get_next_unordered()
 
 
 # --- Scores -------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from training.loop.ray_internals import (
 from training.models.kernels import Device
 from training.planning.endpoints import ClusterError, ClusterTarget
 from utils.files import format_bytes
-from utils.processes import Stopped, raise_signals, restore_handlers
+from utils.processes import Stopped, last_stopped, raise_signals, restore_handlers
 from utils.storage.bucket import uses_embedded_bucket
 from utils.storage.embedded_bucket import STATE_VARIABLE, state_directory
 from utils.storage.node_cache import LIMIT_VARIABLE
@@ -107,16 +107,17 @@ class Connection:
 
 @contextmanager
 def disconnecting() -> Iterator[Connection]:
-    """Disconnect from the cluster when the block exits; raise ClusterLostError if the cluster is lost in the block."""
+    """Disconnect from the cluster when the block exits; raise ClusterLostError if it is lost in the block."""
     connection = Connection()
     try:
         yield connection
-    except KeyboardInterrupt as interrupt:  # ray.get raises it in place of LostInterrupt
-        lost = vitals().lost
-        if isinstance(interrupt, Stopped) or not lost:
-            raise
-        connection.keeps_logs = True
-        raise ClusterLostError(lost) from None
+    except Stopped:
+        raise
+    except KeyboardInterrupt as interrupt:  # calls of Ray raise it in place of LostInterrupt and Stopped
+        if lost := _vitals and _vitals.lost:
+            connection.keeps_logs = True
+            raise ClusterLostError(lost) from None
+        raise last_stopped() or interrupt from None
     finally:
         disconnect(keep_logs=connection.keeps_logs)
 

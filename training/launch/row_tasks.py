@@ -22,7 +22,6 @@ from utils.errors import first_line
 from utils.processes import record_signals
 
 _COLLECTED = 50_000  # objects between garbage collections, as in training.data.chunk_processes
-_POLL_SECONDS = 1.0
 
 
 @contextmanager
@@ -62,10 +61,8 @@ def _run(config: FinetuneConfig, work: Callable[[Any], Any], items: Sequence[Any
     pending: deque[ray.ObjectRef[Any]] = deque(spread.remote([shared], item) for item in items)
     try:
         while pending:
-            if ray.wait([pending[0]], timeout=_POLL_SECONDS)[
-                0
-            ]:  # ray.get would hide which signal interrupts it
-                yield ray.get(pending.popleft())
+            yield ray.get(pending[0])
+            pending.popleft()
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
     except ray.exceptions.RayError as error:

@@ -83,7 +83,6 @@ SENT = {
 GRID = [(phase, sent) for phase in PHASES for sent in SENT]
 SAMPLE = [
     ("evaluate: generating", "SIGTERM"),
-    ("export: writing the weights", "SIGTERM"),
     ("chat: answering", "SIGINT"),
     ("convert", "SIGINT twice"),
 ]
