@@ -442,7 +442,7 @@ def _unknown_key(document: Document, path: KeyPath, value: Any) -> str:
         return f"`{key}` is not a key: remove it, and write the system message into the rows (a message, or a column `system`)"
     if len(path) == 1 and isinstance(value, dict) and "_component_" in value:
         return f"`{key}` is a component of torchtune: remove it (`model_id` names the model; `main.py convert` translates complete files)"
-    if len(path) > 1 and key == path[-2]:
+    if key in path[:-1]:
         return f"`{dotted(path)}` is not a key: write its keys directly into `{dotted(path[:-1])}`"
     if len(path) == 1 and isinstance(value, dict) and any(map(_is_known, value)):
         names = ", ".join(dotted((name,)) for name in list(value)[:3])
@@ -455,7 +455,7 @@ def _unknown_key(document: Document, path: KeyPath, value: Any) -> str:
         return f"`{dotted(path)}` is not a key: write {names}, since a comma ends a value in braces"
     if path[0] == "deepspeed" and "config_path" in data["deepspeed"]:
         return f"`{dotted(path)}` is not a key: remove it; the file that `deepspeed.config_path` names has these settings"
-    if len(path) > 1 and (ours := _key_at_the_top(key)):
+    if path[:-1] and (ours := _key_at_the_top(key)):
         return (
             f"`{dotted(path)}` is not a key: `{ours}` belongs at the top level, not in `{dotted(path[:-1])}`"
         )
