@@ -85,7 +85,8 @@ fuzz: setup-dev  ## prepare 10,000 generated bad files and 10,000 odd rows: each
 
 test-resume: setup-dev  ## kill and resume runs at each stage, for each method and world size, and on another number of workers, and compare (2 hours on two cores)
 	RESUME_GRID=1 $(BIN)/python -m pytest -n 2 tests/integration/training/checkpoints/test_resume.py tests/integration/training/checkpoints/test_resharding.py \
-		tests/integration/training/launch/test_signals.py tests/integration/training/launch/test_push_to_hub.py \
+		tests/integration/training/launch/test_signals.py tests/integration/training/inference/test_command_signals.py \
+		tests/integration/training/launch/test_push_to_hub.py \
 		tests/integration/training/launch/test_continue.py tests/integration/training/launch/test_run_life.py
 
 test-kernels: setup-dev  ## test every combination of kernel and method on CPU, every kind of adapter in each use, and every part of bench-gpu; `make test-all` runs a sample

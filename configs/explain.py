@@ -122,8 +122,11 @@ def _stage_of(data: Mapping[str, Any]) -> int:
 
 def _is_inline_deepspeed(data: Mapping[str, Any]) -> bool:
     """Return whether `deepspeed` has the contents of a configuration file."""
-    return isinstance(data.get("deepspeed"), dict) and bool(
-        data["deepspeed"].keys() & {"stage", "zero_optimization", "zero_stage"}
+    given = data.get("deepspeed")
+    return (
+        isinstance(given, dict)
+        and "config_path" not in given
+        and bool(given.keys() & {"stage", "zero_optimization", "zero_stage"})
     )
 
 
@@ -268,6 +271,8 @@ def _other_tools_value(path: KeyPath, value: Any) -> tuple[str, str]:
         and not isinstance(value, bool)
     ):
         return f"write `{key}: {{unit: steps, frequency: {value}}}`", ""
+    if key == "valid_path" and isinstance(value, float) and 0 < value < 1:
+        return f"write `valid_split: {value:g}`", ""
     if key == "deepspeed" and isinstance(value, int) and not isinstance(value, bool) and not 0 <= value <= 3:
         return "write `deepspeed: zero_1`, `zero_2` or `zero_3`", ""
     theirs = _SAME_MEANING.get(key, key)
@@ -407,10 +412,11 @@ _OTHER_NAMES = {
         "valid_split": "test_size validation_split eval_ratio",
         "model_id": "model model_name model_path base_model_name_or_path pretrained_model_name_or_path",
         "train_path": "train_file train_files train_data train_dataset training_data data data_path dataset_path "
-        "dataset_mixer",
+        "dataset_mixer data_files",
         "valid_path": "validation_file valid_file val_path eval_path eval_file eval_data validation_path",
         "max_train_rows": "max_rows num_rows",
-        "context_length": "max_len block_size seq_length",
+        "context_length": "max_len max_tokens block_size seq_length",
+        "adam_beta1` and `adam_beta2": "betas adam_betas",
         "sequence_parallel_size": "sp_size cp_size ulysses_size sequence_parallel_degree",
     }.items()
     for name in names.split()
@@ -434,6 +440,10 @@ def _unknown_key(document: Document, path: KeyPath, value: Any) -> str:
         return advice
     if path in (("system_prompt",), ("system_message",), ("system",)):
         return f"`{key}` is not a key: remove it, and write the system message into the rows (a message, or a column `system`)"
+    if len(path) == 1 and isinstance(value, dict) and "_component_" in value:
+        return f"`{key}` is a component of torchtune: remove it (`model_id` names the model; `main.py convert` translates complete files)"
+    if key in path[:-1]:
+        return f"`{dotted(path)}` is not a key: write its keys directly into `{dotted(path[:-1])}`"
     if len(path) == 1 and isinstance(value, dict) and any(map(_is_known, value)):
         names = ", ".join(dotted((name,)) for name in list(value)[:3])
         return f"`{key}` is not a section: write its keys ({names}) at the top level"
@@ -443,13 +453,15 @@ def _unknown_key(document: Document, path: KeyPath, value: Any) -> str:
         return f"`{key}` is not a key: did you mean `{_OTHER_NAMES[key]}`?"
     if names := _names_split_by_commas(document, path):
         return f"`{dotted(path)}` is not a key: write {names}, since a comma ends a value in braces"
+    if path[0] == "deepspeed" and "config_path" in data["deepspeed"]:
+        return f"`{dotted(path)}` is not a key: remove it; the file that `deepspeed.config_path` names has these settings"
+    if path[:-1] and (ours := _key_at_the_top(key)):
+        return (
+            f"`{dotted(path)}` is not a key: `{ours}` belongs at the top level, not in `{dotted(path[:-1])}`"
+        )
     siblings = _keys_of(path[:-1], data)
     if near := difflib.get_close_matches(key.lower(), siblings, n=1):
         return f"`{dotted(path)}` is not a key: did you mean `{dotted((*path[:-1], near[0]))}`?"
-    if key in FinetuneConfig.model_fields and len(path) > 1:
-        return (
-            f"`{dotted(path)}` is not a key: `{key}` belongs at the top level, not in `{dotted(path[:-1])}`"
-        )
     if elsewhere:
         return f"`{dotted(path)}` is not a key: did you mean `{elsewhere[0]}.{key}`?"
     if near := difflib.get_close_matches(key.lower(), siblings, n=1, cutoff=0.5):
@@ -480,6 +492,13 @@ def _names_split_by_commas(document: Document, path: KeyPath) -> str:
 def _is_known(key: str) -> bool:
     """Return whether a key belongs at the top level, here or in another tool's YAML."""
     return key in FinetuneConfig.model_fields or key in _OTHER_NAMES or other_tools.find(key) is not None
+
+
+def _key_at_the_top(key: str) -> str | None:
+    """Return the top-level key that a name stands for here or in another tool's YAML; None if it stands for none."""
+    row = other_tools.find(key)
+    names = (key, _OTHER_NAMES.get(key), row and row.ours)
+    return next((name for name in names if name in FinetuneConfig.model_fields), None)
 
 
 def meant_key(name: str) -> str | None:

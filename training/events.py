@@ -143,7 +143,7 @@ class UnrecordedError(AnnealError):
 
 
 class WorkersFailedError(AnnealError):
-    """The error raised when workers of an evaluation failed, or a cluster that prepares rows was lost; the message states the cause."""
+    """The error raised when workers of an evaluation failed; the message states the cause."""
 
     exit_code = 1
 

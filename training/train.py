@@ -18,6 +18,7 @@ from training.inference import commands as model_commands
 from training.launch.reachability import check_cluster_answers
 from training.models.libraries import unused_packages, withhold
 from training.planning.endpoints import (
+    AUTH_MODE_VARIABLE,
     WRITTEN_VARIABLE,
     ClusterTarget,
     set_ray_environment,
@@ -62,9 +63,11 @@ class Options:
             return json.loads(submitted)
         submit = ["--submit", self.job_server] if self.job_server else []
         address = None if self.job_server else self.target.address
-        # In a shell without the variable, the command would start a local cluster.
-        variable = [f"{ADDRESS_VARIABLE}={address}"] if address else []
-        return [*variable, *main_command(str(self.config), *self.overrides, *submit)]
+        # In a shell without the variables, the command would start a local cluster or be denied access.
+        variables = [f"{ADDRESS_VARIABLE}={address}"] if address else []
+        if address and (mode := os.environ.get(AUTH_MODE_VARIABLE)):
+            variables.append(f"{AUTH_MODE_VARIABLE}={mode}")
+        return [*variables, *main_command(str(self.config), *self.overrides, *submit)]
 
 
 @dataclass(frozen=True)

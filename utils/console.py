@@ -10,6 +10,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+_STDERR = 2
+_screen = _STDERR
+"""File descriptor of standard error as it was before `library_output_in`."""
+
 
 class _Stream(io.TextIOWrapper):
     """A text stream that reports a closed terminal as a closed pipe."""
@@ -68,9 +72,12 @@ def _on_copy_of(descriptor: int) -> Output:
 @contextmanager
 def library_output_in(path: Path) -> Iterator[None]:
     """Append everything that this process prints, down to the file descriptors, to a log file."""
+    global _screen
     path.parent.mkdir(parents=True, exist_ok=True)
     _flush()
     saved = os.dup(1), os.dup(2)
+    if is_outermost := _screen == _STDERR:
+        _screen = saved[1]
     with path.open("ab") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -78,9 +85,17 @@ def library_output_in(path: Path) -> Iterator[None]:
         yield
     finally:
         _flush()
+        if is_outermost:
+            _screen = _STDERR
         for target, descriptor in zip((1, 2), saved, strict=True):
             os.dup2(descriptor, target)
             os.close(descriptor)
+
+
+def write_to_screen(text: str) -> None:
+    """Write text to standard error from any thread, also while `library_output_in` redirects it."""
+    with suppress(OSError):  # a closed pipe or terminal
+        os.write(_screen, text.encode())
 
 
 def _flush() -> None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import psutil
 
@@ -30,6 +31,8 @@ library uses this signal.
 """
 
 _PR_SET_PDEATHSIG = 1
+_ended_pipe: int | None = None
+"""In the child of `run_in_own_session`: the end of the pipe to its parent."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -48,6 +51,9 @@ class Stopped(KeyboardInterrupt):
     def exit_code(self) -> int:
         """Return the exit code of a process that a signal stopped: 128 + its number."""
         return 128 + self.number
+
+
+_last_stopped: Stopped | None = None
 
 
 def raise_signals() -> None:
@@ -99,13 +105,24 @@ def ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _raise_stopped(number: int) -> None:
+def is_stopping() -> bool:
+    """Return whether this thread cleans up after a `Stopped`."""
     handled = sys.exc_info()[1]  # inside `finally` and `with` blocks: the exception that ends them
-    while handled is not None:
-        if isinstance(handled, Stopped):
-            return
+    while handled is not None and not isinstance(handled, Stopped):
         handled = handled.__context__
-    raise Stopped(number)
+    return handled is not None
+
+
+def last_stopped() -> Stopped | None:
+    """Return the last `Stopped` that a signal has raised: calls of Ray replace it by a KeyboardInterrupt (2.60.0)."""
+    return _last_stopped
+
+
+def _raise_stopped(number: int) -> None:
+    global _last_stopped
+    if not is_stopping():
+        _last_stopped = Stopped(number)
+        raise _last_stopped
 
 
 @contextmanager
@@ -150,17 +167,19 @@ def run_in_own_session(work: Callable[[], int], *, on_lost: Callable[[str], None
     """
     tie_to_parent = die_with(os.getpid())
     reader, writer = os.pipe()
+    global _ended_pipe
     signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
     child = os.fork()
     if child == 0:
         os.close(reader)
+        _ended_pipe = writer
         os.setsid()
         tie_to_parent()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
         try:
             return work()
         finally:
-            os.write(writer, b"!")
+            _tell_end()
     os.close(writer)
     for number in FORWARDED:
         sent = SENT_AS_SIGTERM if number == signal.SIGTERM else number
@@ -174,6 +193,18 @@ def run_in_own_session(work: Callable[[], int], *, on_lost: Callable[[str], None
     if _is_empty(reader):
         on_lost(f"exit code {code}" if code >= 0 else signal.Signals(-code).name)
     return code if code >= 0 else 128 - code
+
+
+def exit_at_once(code: int) -> NoReturn:
+    """End this process from any thread, without cleanup, after the error has been printed."""
+    _tell_end()
+    os._exit(code)
+
+
+def _tell_end() -> None:
+    """Let the parent of `run_in_own_session` know that this process reports its end itself."""
+    if _ended_pipe is not None:
+        os.write(_ended_pipe, b"!")
 
 
 def _send(process: int, number: int, *_: object) -> None:

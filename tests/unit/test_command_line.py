@@ -213,21 +213,27 @@ def test_command_of_another_tool_gets_the_line_that_works(
 
 
 @pytest.mark.parametrize(
-    ("address", "job_server", "variable"),
+    ("address", "mode", "job_server", "variable"),
     [
-        ("head:6379", None, "RAY_ADDRESS=head:6379 "),
-        ("local", None, ""),
-        (None, None, ""),
-        ("head:6379", "http://head:8265", ""),
+        ("head:6379", None, None, "RAY_ADDRESS=head:6379 "),
+        ("head:6379", "token", None, "RAY_ADDRESS=head:6379 RAY_AUTH_MODE=token "),
+        ("local", "token", None, ""),
+        (None, None, None, ""),
+        ("head:6379", "token", "http://head:8265", ""),
     ],
 )
 def test_command_that_resumes_a_run_names_its_cluster(
-    address: str | None, job_server: str | None, variable: str, monkeypatch: pytest.MonkeyPatch
+    address: str | None,
+    mode: str | None,
+    job_server: str | None,
+    variable: str,
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    """In a shell without the variable, the command alone would start a local cluster."""
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    if address is not None:
-        monkeypatch.setenv("RAY_ADDRESS", address)
+    """In a shell without the variables, the command would start a local cluster or be denied access."""
+    for name, value in (("RAY_ADDRESS", address), ("RAY_AUTH_MODE", mode)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
     submit = ["--submit", job_server] if job_server else []
     _, commands = main.build_parser()
     options = Options(**vars(commands["train"].parse_args(["run.yaml", *submit])))

@@ -45,7 +45,6 @@ from training.data.summary import (
     show_example,
 )
 from training.data.token_files import read_row
-from utils.errors import AnnealError
 from utils.files import checksum, file_lock, write_atomically
 from utils.storage.bucket import is_remote, join_uri, open_store
 
@@ -144,7 +143,7 @@ class _Preparation:
         with connect() as run, _staging(cache / PREPARED, ", ".join(self._request.paths)) as staging:
             try:
                 self._finish(self._in_shards(shards, worker, run, staging), staging)
-            except AnnealError:
+            except BaseException:  # a signal and a lost cluster, too
                 store.delete([item.key for item in store.list()])  # no summary names them
                 raise
             ours = (INDEX_FILE, SKIPPED_FILE)

@@ -34,9 +34,8 @@ from training.data.template_forms import CHANNELS, answer_after_channels, split_
 from training.data.token_files import digest_of
 from training.events import WorkersFailedError
 from training.inference.checkpoint_model import TrainedModel
-from training.launch.cluster import Workers, cluster, lacking, resources_of_device
+from training.launch.cluster import Workers, cluster, lacking, resources_of_device, vitals
 from training.launch.failures import causes_of, classify
-from training.launch.vitals import Vitals
 from training.models.kernels import Device
 from training.models.tokenizer import describe_template
 from training.planning.endpoints import ClusterTarget
@@ -428,16 +427,16 @@ def _answer(
     workers = Workers(settings.num_devices, settings.num_devices, settings.device, each, trained.run_uri)
     progress("starting the workers", 0)
     with cluster(workers, settings.target, progress=lambda text: progress(text, 0)):
-        vitals = Vitals.of(settings.target)
         try:
-            pool = _start_workers(trained, settings, workers, vitals, progress, count=len(batches))
+            pool = _start_workers(trained, settings, workers, progress, count=len(batches))
             for rows in batches:
                 pool.submit(_answer_rows, (rows, [questions[row].tokens for row in rows]))
-            for rows, texts in _results(pool, vitals):
+            for rows, texts in _results(pool):
                 answers.update(zip(rows, texts, strict=True))
                 progress("generating", len(answers) / len(questions))
         except ray.exceptions.RayError as error:
-            raise WorkersFailedError(vitals.diagnose() or classify(causes_of(error), [])) from error
+            vitals().diagnose()
+            raise WorkersFailedError(classify(causes_of(error), [])) from error
     return [answers[row] for row in range(len(questions))]
 
 
@@ -445,7 +444,6 @@ def _start_workers(
     trained: TrainedModel,
     settings: EvaluationSettings,
     workers: Workers,
-    vitals: Vitals,
     progress: Callable[[str, float], None],
     count: int,
 ) -> ActorPool:
@@ -453,8 +451,7 @@ def _start_workers(
     group = placement_group([workers.each] * min(workers.count, count))
     since, reserved = "", group.ready()
     while not ray.wait([reserved], timeout=_POLL_SECONDS)[0]:
-        _check_cluster(vitals)
-        if vitals.is_answering and (waits_for := lacking(workers)):
+        if vitals().is_answering and (waits_for := lacking(workers)):
             since = since or f"{datetime.now():%H:%M:%S}"
             progress(f"{waits_for}, since {since}", 0)
     progress("starting the workers", 0)
@@ -470,20 +467,10 @@ def _answer_rows(worker: Any, batch: tuple[list[int], list[Sequence[int]]]) -> A
     return worker.answer.remote(*batch)
 
 
-def _results(pool: ActorPool, vitals: Vitals) -> Iterator[Any]:
-    """Yield the results of a pool, in any order; raise an error if the cluster is lost."""
+def _results(pool: ActorPool) -> Iterator[Any]:
+    """Yield the results of a pool, in any order."""
     while pool.has_next():
-        try:
-            result = pool.get_next_unordered(timeout=_POLL_SECONDS)
-        except TimeoutError:
-            _check_cluster(vitals)
-            continue
-        yield result
-
-
-def _check_cluster(vitals: Vitals) -> None:
-    if lost := vitals.diagnose(seconds=0):
-        raise WorkersFailedError(f"{lost} Run the same command again.")
+        yield pool.get_next_unordered()
 
 
 # --- Scores -------------------------------------------------------------------------------------------------------

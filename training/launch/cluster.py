@@ -6,11 +6,12 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import ray
 import ray.exceptions
 from ray.util import placement_group_table
@@ -18,9 +19,11 @@ from ray.util import placement_group_table
 from configs.schema import FinetuneConfig
 from training.launch.packaging import EVERYTHING_BUT_CODE, PROJECT
 from training.launch.reachability import cannot_connect
+from training.launch.vitals import ClusterLostError, Vitals
 from training.loop.ray_internals import (
     RAY_JOB_CONFIG_JSON_ENV_VAR,
     autoscaler_maximum,
+    cluster_on_this_machine,
     has_node_groups,
     lean_head_node,
     session_directory,
@@ -28,7 +31,7 @@ from training.loop.ray_internals import (
 from training.models.kernels import Device
 from training.planning.endpoints import ClusterError, ClusterTarget
 from utils.files import format_bytes
-from utils.processes import Stopped, raise_signals, restore_handlers
+from utils.processes import Stopped, last_stopped, raise_signals, restore_handlers
 from utils.storage.bucket import uses_embedded_bucket
 from utils.storage.embedded_bucket import STATE_VARIABLE, state_directory
 from utils.storage.node_cache import LIMIT_VARIABLE
@@ -48,6 +51,9 @@ GPU_ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 # A worker that requested no GPU sees all GPUs of its node, and libraries would use them.
 _NO_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
 _NAMES_OF_GPU_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+_vitals: Vitals | None = None
+"""The watch over the cluster that this process is connected to; as the connection, there is one per process."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,23 @@ class Connection:
 
 
 @contextmanager
+def disconnecting() -> Iterator[Connection]:
+    """Disconnect from the cluster when the block exits; raise ClusterLostError if it is lost in the block."""
+    connection = Connection()
+    try:
+        yield connection
+    except Stopped:
+        raise
+    except KeyboardInterrupt as interrupt:  # calls of Ray raise it in place of LostInterrupt and Stopped
+        if lost := _vitals and _vitals.lost:
+            connection.keeps_logs = True
+            raise ClusterLostError(lost) from None
+        raise last_stopped() or interrupt from None
+    finally:
+        disconnect(keep_logs=connection.keeps_logs)
+
+
+@contextmanager
 def cluster(workers: Workers, target: ClusterTarget, progress: Callable[[str], None]) -> Iterator[Connection]:
     """Connect to the target cluster, or start a local one sized to the workers; disconnect when the block exits.
 
@@ -111,21 +134,25 @@ def cluster(workers: Workers, target: ClusterTarget, progress: Callable[[str], N
         progress: Called with a line if the cluster has to scale up.
     """
     address = target.address
-    if address:
-        join_cluster(workers.device, target)
-    elif not ray.is_initialized():
-        start_local_cluster(workers)
-    connection = Connection()
-    try:
-        growth = _missing(workers, address)
-        if growth:
-            progress(f"waiting for the cluster to scale up: {growth}")
-        yield connection
-    except BaseException:
-        connection.keeps_logs = True
-        raise
-    finally:
-        disconnect(keep_logs=connection.keeps_logs)
+    with disconnecting() as connection:
+        try:
+            if address:
+                join_cluster(workers.device, target)
+            elif not ray.is_initialized():
+                start_local_cluster(workers)
+            growth = _missing(workers, address)
+            if growth:
+                progress(f"waiting for the cluster to scale up: {growth}")
+            yield connection
+        except BaseException:
+            connection.keeps_logs = True
+            raise
+
+
+def vitals() -> Vitals:
+    """Return the watch over the cluster that this process is connected to."""
+    assert _vitals is not None
+    return _vitals
 
 
 def join_cluster(device: Device, target: ClusterTarget) -> None:
@@ -140,6 +167,7 @@ def start_local_cluster(workers: Workers) -> None:
     os.environ.update(_allocator(workers.device) | (_NO_GPUS if workers.device == "cpu" else {}))
     with lean_head_node():
         _connect(
+            None,
             address="local",  # otherwise Ray connects to a cluster that another process started on this machine
             num_cpus=math.ceil(workers.together["CPU"]),
             num_gpus=_gpus_here(workers),
@@ -151,6 +179,7 @@ def start_local_cluster(workers: Workers) -> None:
             include_dashboard=False,
             log_to_driver=False,
         )
+    vitals().connected(is_local=True)
 
 
 def disconnect(*, keep_logs: bool = False) -> None:
@@ -158,13 +187,24 @@ def disconnect(*, keep_logs: bool = False) -> None:
 
     ray.shutdown restores the kernel's default action for SIGTERM, so the handlers are installed again.
     """
-    session = None if keep_logs else session_directory()
+    if _vitals:
+        _vitals.end()
+    session = session_directory()
+    below_raylet = _processes_below_raylet() if session else []
     try:
         ray.shutdown()
     finally:
         restore_handlers()
-    if session:
+    for process in below_raylet:  # without a GCS, Ray's agents live for another minute
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    if session and not keep_logs:
         _remove_session(session)
+
+
+def _processes_below_raylet() -> list[psutil.Process]:
+    raylets = [child for child in psutil.Process().children() if child.name() == "raylet"]
+    return [process for raylet in raylets for process in raylet.children(recursive=True)]
 
 
 def _remove_session(session: Path) -> None:
@@ -175,8 +215,15 @@ def _remove_session(session: Path) -> None:
         latest.unlink(missing_ok=True)
 
 
-def _connect(**arguments: Any) -> None:
-    """Call ray.init, whose SIGTERM handler exits with code 15 and stays installed; raise `Stopped` instead."""
+def _connect(gcs: str | None, **arguments: Any) -> None:
+    """Call ray.init, and watch the cluster until `disconnect`. Raise `Stopped` on SIGTERM: Ray's handler exits with code 15 and stays.
+
+    Args:
+        gcs: Address of the cluster's GCS; None if it is unknown or does not exist yet.
+        arguments: Arguments of ray.init.
+    """
+    global _vitals
+    _vitals = Vitals(gcs)
     try:
         ray.init(**arguments)
     except SystemExit as exit_:
@@ -195,12 +242,10 @@ def _gpus_here(workers: Workers) -> int:
 
 def ask_cluster(workers: Workers, address: str) -> str:
     """Return a description of how the cluster meets the workers' needs, without starting any."""
-    _join(address, {})
-    try:
+    with disconnecting():
+        _join(address, {})
         growth = _missing(workers, address)
         busy = _busy(workers)
-    finally:
-        disconnect()
     if growth:
         return f"must scale up: {growth}"
     return f"{address} has the resources for all workers" + (f", but not free: {busy}" if busy else "")
@@ -208,9 +253,18 @@ def ask_cluster(workers: Workers, address: str) -> str:
 
 def _join(address: str, runtime_environment: Mapping[str, Any]) -> None:
     try:
-        _connect(address=address, log_to_driver=False, runtime_env=dict(runtime_environment))
+        gcs = cluster_on_this_machine() if address == "auto" else address
+        is_client = "://" in address  # such as anyscale://, which has no process to probe
+        _connect(
+            None if is_client else gcs,
+            address=address,
+            log_to_driver=False,
+            runtime_env=dict(runtime_environment),
+        )
     except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
         raise cannot_connect(address, error) from error
+    if not is_client:
+        vitals().connected(is_local=False)
 
 
 def _runtime_environment(device: Device) -> dict[str, Any]:

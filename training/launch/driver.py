@@ -50,12 +50,12 @@ from training.events import (
     WorkersStarted,
     WorkersWaiting,
 )
-from training.launch.cluster import Workers, cluster, lacking, workers_of
+from training.launch.cluster import Workers, cluster, lacking, vitals, workers_of
 from training.launch.elastic import GroupSizes, WorkerGroupReporter
 from training.launch.failures import causes_of, classify, describe_lost_cluster
 from training.launch.results import Attempt, write_result
 from training.launch.trainer import LeanTorchTrainer
-from training.launch.vitals import ClusterLostError, Vitals
+from training.launch.vitals import ClusterLostError
 from training.loop.ray_internals import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, LocalWorkers
 from training.loop.worker import train_worker, worker_log
 from training.models.kernels import COLLECTIVE_BACKENDS
@@ -174,17 +174,17 @@ def _train(
 ) -> tuple[Sequence[int], str | None]:
     """Run the workers until they exit; return (received signals, reason of the failure or None)."""
     signals = record_signals()
-    vitals = Vitals.of(plan.resolved.target)
+    vitals().is_polled = True  # the result must be written
     mailbox = _mailbox_on_this_node()
     trainer = _trainer(plan, lease, mailbox, local_workers)
     fit = _Fit(trainer, mailbox)
     lost: str | None = None
     try:
-        _follow(mailbox, signals, state, workers, vitals)
+        _follow(mailbox, signals, state, workers)
         fit.end()
     except (ClusterLostError, ray.exceptions.RayError) as error:  # the mailbox is lost with its cluster
         fit.abandon()
-        reason = vitals.diagnose() or describe_lost_cluster(error, savings)
+        reason = vitals().diagnose() or describe_lost_cluster(error, savings)
         lost = f"{reason} The same command resumes from {state.latest_checkpoint}."
     failed = classify(causes_of(fit.error), savings) if fit.error else None
     failure = state.rejection or lost or failed
@@ -350,7 +350,7 @@ def _mailbox_on_this_node() -> Any:
     return actor.options(num_cpus=0, scheduling_strategy=here).remote()
 
 
-def _follow(mailbox: Any, signals: Sequence[int], state: RunState, workers: Workers, vitals: Vitals) -> None:
+def _follow(mailbox: Any, signals: Sequence[int], state: RunState, workers: Workers) -> None:
     """Handle events until all workers have exited. While workers wait for resources, report what the cluster lacks.
 
     After the first signal, ask the workers to stop. If no step would be lost, return at once, since workers may be stuck
@@ -368,12 +368,12 @@ def _follow(mailbox: Any, signals: Sequence[int], state: RunState, workers: Work
             asked = True
             state.on_event(STOPPING)
             mailbox.request_stop.remote()
+        if lost := vitals().lost:
+            raise ClusterLostError(lost)
         answered, _ = ray.wait([news], timeout=_SIGNAL_POLL_SECONDS)
         if not answered:
-            if vitals.diagnose(seconds=0):
-                raise ClusterLostError
             now = time.monotonic()
-            if state.is_waiting and now >= next_look and vitals.is_answering:
+            if state.is_waiting and now >= next_look and vitals().is_answering:
                 next_look = now + _RESOURCE_POLL_SECONDS
                 if waits_for := lacking(workers):
                     since = since or f"{datetime.now():%H:%M:%S}"

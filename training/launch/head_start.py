@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from configs.schema import FinetuneConfig
-from training.launch.cluster import disconnect, start_local_cluster, workers_on
+from training.launch.cluster import disconnecting, start_local_cluster, workers_on
 from training.loop.libraries import import_libraries
 from training.loop.ray_internals import LocalWorkers
 from training.models.libraries import unused_packages
@@ -29,11 +29,11 @@ def head_start(config: FinetuneConfig, target: ClusterTarget) -> Iterator[LocalW
     if not target.is_local:
         yield None
         return
-    try:
-        yield _start(config, target)
-    finally:
-        record_signals()  # another signal must not leave processes of Ray behind
-        disconnect()
+    with disconnecting():
+        try:
+            yield _start(config, target)
+        finally:
+            record_signals()  # another signal must not leave processes of Ray behind
 
 
 def _start(config: FinetuneConfig, target: ClusterTarget) -> LocalWorkers | None:

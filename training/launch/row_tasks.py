@@ -14,9 +14,7 @@ import ray.exceptions
 
 from configs.schema import FinetuneConfig
 from training.data.shards import ShardMap, ShardRun, ShardWorker
-from training.events import WorkersFailedError
-from training.launch.cluster import disconnect, join_cluster
-from training.launch.vitals import Vitals
+from training.launch.cluster import disconnect, disconnecting, join_cluster, vitals
 from training.planning.devices import choose_device
 from training.planning.endpoints import ClusterError, ClusterTarget
 from training.planning.paths import make_scratch_directory
@@ -24,7 +22,6 @@ from utils.errors import first_line
 from utils.processes import record_signals
 
 _COLLECTED = 50_000  # objects between garbage collections, as in training.data.chunk_processes
-_POLL_SECONDS = 1.0
 
 
 @contextmanager
@@ -44,20 +41,18 @@ def rows_on_cluster(config: FinetuneConfig, target: ClusterTarget) -> Iterator[S
     @contextmanager
     def connect() -> Iterator[ShardRun]:
         join_cluster(choose_device(config, target), target)
-        yield functools.partial(_run, config, Vitals.of(target))
-        disconnect()  # if the cluster were lost while the plan is made, Ray would terminate this process without a message
+        yield functools.partial(_run, config)
+        disconnect()  # the plan needs no cluster
 
-    try:
-        yield connect
-    finally:
-        if ray.is_initialized():
-            record_signals()  # another signal must not leave tasks behind
-            disconnect()
+    with disconnecting():
+        try:
+            yield connect
+        finally:
+            if ray.is_initialized():
+                record_signals()  # another signal must not leave tasks behind
 
 
-def _run(
-    config: FinetuneConfig, vitals: Vitals, work: Callable[[Any], Any], items: Sequence[Any]
-) -> Iterator[Any]:
+def _run(config: FinetuneConfig, work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
     """Yield the results of tasks in their order. Ray runs a task up to three times again whose node or process was lost."""
     shared = ray.put((work, config))
     task: Any = ray.remote(_call)
@@ -66,17 +61,12 @@ def _run(
     pending: deque[ray.ObjectRef[Any]] = deque(spread.remote([shared], item) for item in items)
     try:
         while pending:
-            ready, _ = ray.wait([pending[0]], timeout=_POLL_SECONDS)
-            if ready:
-                yield ray.get(pending[0])
-                pending.popleft()
-            elif lost := vitals.diagnose(seconds=0):
-                raise _lost(lost)
+            yield ray.get(pending[0])
+            pending.popleft()
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
     except ray.exceptions.RayError as error:
-        if lost := vitals.diagnose():
-            raise _lost(lost) from error
+        vitals().diagnose()
         raise ClusterError(
             f"the rows cannot be prepared on the cluster: a task was lost four times ({first_line(error)}). If its nodes ran out of memory, "
             "use nodes with more memory per CPU."
@@ -84,10 +74,6 @@ def _run(
     finally:
         for waiting in pending:
             ray.cancel(waiting)
-
-
-def _lost(reason: str) -> WorkersFailedError:
-    return WorkersFailedError(f"{reason} The same command prepares the rows again.")
 
 
 def _call(shared: Sequence["ray.ObjectRef[Any]"], item: Any) -> Any:

@@ -1,18 +1,21 @@
-"""Probes of the Ray processes that a run cannot continue without: the GCS and the raylet of the driver's node.
+"""The watch over the Ray processes that a connected process cannot continue without: the GCS and the raylet of its node.
 
-If one of them dies, Ray terminates the driver without a message: after 15 s for the raylet, after 60 s for the GCS (Ray 2.60.0).
+If one of them dies, Ray terminates the process without a message: after 15 s for the raylet, after 60 s for the GCS (Ray 2.60.0).
 """
 
 import os
+import signal
 import socket
+import threading
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import ray
 
 from training.loop.ray_internals import ray_logs
-from training.planning.endpoints import ClusterTarget
+from utils.console import write_to_screen
+from utils.errors import AnnealError
+from utils.processes import exit_at_once, is_stopping
 
 _PROBE_SECONDS = 1.0
 _REFUSED_SECONDS = 3.0
@@ -21,10 +24,22 @@ _UNREACHABLE_SECONDS = 45.0
 """The same for a host that does not answer, such as during a network outage; less than the 60 s after which Ray exits."""
 _RECONNECT_VARIABLE = "RAY_gcs_rpc_server_reconnect_timeout_s"
 """Set where the GCS is restarted after a failure (GCS fault tolerance): the time that Ray waits for it."""
+_REACTION_SECONDS = 8.0
+"""Time after which a main thread counts as blocked in a call of Ray, which no signal interrupts; before Ray terminates the process."""
+_SIGNAL = signal.SIGRTMIN + 2
 
 
-class ClusterLostError(Exception):
-    """The cluster of a run is gone; `Vitals.diagnose` names the process and its log."""
+class ClusterLostError(AnnealError):
+    """The error of a cluster that was lost while this process was connected to it; the message names the process and its log."""
+
+    exit_code = 1
+
+    def __init__(self, lost: object):
+        super().__init__(f"{lost} Run the same command again.")
+
+
+class LostInterrupt(KeyboardInterrupt):
+    """The interruption of the main thread by `Vitals`; as for a signal, no library catches it as an Exception."""
 
 
 @dataclass
@@ -34,81 +49,106 @@ class _Probed:
     name: str
     address: str
     log: str
-    patience: float
+    patience: float = _REFUSED_SECONDS
     """Seconds for which connections may be refused."""
     failing_since: float | None = None
     refused_since: float | None = None
 
-    def probe(self, now: float) -> str | None:
-        """Try to connect; return the error once the process counts as lost."""
+    def connect(self) -> OSError | None:
+        """Try to connect; return the error."""
         host, _, port = self.address.rpartition(":")
         try:
             socket.create_connection((host.strip("[]"), int(port)), _PROBE_SECONDS).close()
         except OSError as error:
-            self.failing_since = self.failing_since or now
-            is_refused = isinstance(error, ConnectionRefusedError)
-            self.refused_since = (self.refused_since or now) if is_refused else None
-            is_dead = self.refused_since is not None and now - self.refused_since >= self.patience
-            is_unreachable = now - self.failing_since >= max(self.patience, _UNREACHABLE_SECONDS)
-            return (error.strerror or str(error)) if is_dead or is_unreachable else None
-        self.failing_since = self.refused_since = None
+            return error
         return None
+
+    def probe(self) -> str | None:
+        """Try to connect; return a description of the loss once the process counts as lost."""
+        error, now = self.connect(), time.monotonic()
+        if error is None:
+            self.failing_since = self.refused_since = None
+            return None
+        self.failing_since = self.failing_since or now
+        is_refused = isinstance(error, ConnectionRefusedError)
+        self.refused_since = (self.refused_since or now) if is_refused else None
+        is_dead = self.refused_since is not None and now - self.refused_since >= self.patience
+        is_unreachable = now - self.failing_since >= max(self.patience, _UNREACHABLE_SECONDS)
+        if not is_dead and not is_unreachable:
+            return None
+        return f"the cluster was lost: the {self.name} at {self.address} has exited ({error.strerror or error}). Its log: {self.log}."
 
 
 class Vitals:
-    """The processes to probe, at most once a second."""
+    """A thread that probes the processes of a cluster once a second, from before this process connects until it disconnects.
 
-    def __init__(self, probed: Sequence[_Probed]):
-        self._probed = probed
-        self._next = 0.0
-        self._found: str | None = None
+    When a process is lost, the thread interrupts the main thread with LostInterrupt, unless that thread polls `lost`. If the main
+    thread does not react, because it is blocked in a call of Ray, the thread prints the error and ends this process.
+    """
 
-    @classmethod
-    def of(cls, target: ClusterTarget) -> "Vitals":
-        """Return the processes of the cluster that this process is connected to; none behind a client such as anyscale://."""
-        if "://" in (target.address or ""):
-            return cls([])
+    def __init__(self, gcs: str | None):
+        """Start the thread; call this in the main thread.
+
+        Args:
+            gcs: Address of the GCS, if it is known before connecting.
+        """
+        self.is_polled = False
+        """True to interrupt nothing, because the main thread polls `lost`."""
+        self._lost: str | None = None
+        self._found, self._noticed, self._ended = threading.Event(), threading.Event(), threading.Event()
+        patience = float(os.environ.get(_RECONNECT_VARIABLE, _REFUSED_SECONDS))
+        log = "gcs_server.out in the logs of Ray's session on the head node"
+        self._gcs = _Probed("GCS", gcs or "", log, patience)
+        self._probed = [self._gcs] if gcs else []
+        signal.signal(_SIGNAL, self._interrupt)
+        threading.Thread(target=self._watch, name="vitals", daemon=True).start()
+
+    def connected(self, *, is_local: bool) -> None:
+        """Also probe the raylet of this process's node, and name the logs of both processes."""
         context = ray.get_runtime_context()
+        self._gcs.address = context.gcs_address
+        self._gcs.log = f"{ray_logs() / 'gcs_server.out'}{'' if is_local else ' on the head node'}"
+        self._probed = [self._gcs]  # the next line asks it
         here = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
         raylet = f"{here['NodeManagerAddress']}:{here['NodeManagerPort']}"
-        where = "" if target.is_local else " on the head node"
         # The GCS first: a head node stops its raylet if its GCS dies.
-        return cls(
-            [
-                _Probed(
-                    "GCS",
-                    context.gcs_address,
-                    f"{ray_logs() / 'gcs_server.out'}{where}",
-                    float(os.environ.get(_RECONNECT_VARIABLE, _REFUSED_SECONDS)),
-                ),
-                _Probed("raylet of this node", raylet, f"{ray_logs() / 'raylet.out'}", _REFUSED_SECONDS),
-            ]
-        )
+        self._probed = [self._gcs, _Probed("raylet of this node", raylet, f"{ray_logs() / 'raylet.out'}")]
+
+    def end(self) -> None:
+        """End the thread; nothing is interrupted any more."""
+        self._ended.set()
+        self._noticed.set()
+
+    @property
+    def lost(self) -> str | None:
+        """Describe the first process that is gone, with its log; None if none is."""
+        if self._lost:
+            self._noticed.set()
+        return self._lost
 
     @property
     def is_answering(self) -> bool:
-        """Return whether all processes answered the latest probe: calls to a lost GCS block until Ray terminates the driver."""
-        return all(process.failing_since is None for process in self._probed)
+        """Return whether all processes answer now: calls to a lost GCS block until Ray terminates this process."""
+        return all(process.connect() is None for process in self._probed)
 
-    def diagnose(self, seconds: float = 2 * _REFUSED_SECONDS) -> str | None:
-        """Describe the first process that is gone, with its log; None if all answer.
+    def diagnose(self) -> str | None:
+        """Wait until a process that refuses connections counts as lost, and describe it: it explains an error of Ray best."""
+        self._found.wait(2 * _REFUSED_SECONDS)
+        return self.lost
 
-        Args:
-            seconds: How long to probe again while a process refuses connections, until it counts as dead.
-        """
-        deadline = time.monotonic() + seconds
-        while self._found is None:
-            now = time.monotonic()
-            if now >= self._next:
-                self._next = now + _PROBE_SECONDS
-                self._found = self._probe(now)
-            if now >= deadline:
-                break
-            time.sleep(max(0.0, min(self._next, deadline) - time.monotonic()))
-        return self._found
+    def _watch(self) -> None:
+        while self._lost is None:
+            if self._ended.wait(_PROBE_SECONDS):
+                return
+            self._lost = next(filter(None, (process.probe() for process in self._probed)), None)
+        self._found.set()
+        main = threading.main_thread().ident
+        assert main is not None
+        signal.pthread_kill(main, _SIGNAL)
+        if not self._noticed.wait(_REACTION_SECONDS):
+            write_to_screen(f"error: {ClusterLostError(self._lost)}\n")
+            exit_at_once(ClusterLostError.exit_code)
 
-    def _probe(self, now: float) -> str | None:
-        for process in self._probed:
-            if error := process.probe(now):
-                return f"the cluster was lost: the {process.name} at {process.address} has exited ({error}). Its log: {process.log}."
-        return None
+    def _interrupt(self, *_: object) -> None:
+        if not (self.is_polled or self._ended.is_set() or is_stopping()):
+            raise LostInterrupt(self._lost)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from utils.command_line import ADDRESS_VARIABLE
 from utils.errors import AnnealError
 
+AUTH_MODE_VARIABLE = "RAY_AUTH_MODE"
 WRITTEN_VARIABLE = "ANNEAL_YAML_AS_WRITTEN"
 """The variable of a submitted job with the path of the YAML as the user wrote it."""
 
@@ -113,7 +114,7 @@ def check_job_server_answers(address: str) -> None:
 
 def describe_missing_token() -> str:
     """Return what a cluster requires that denied access, with the fix; as Ray, this looks at RAY_AUTH_MODE."""
-    if os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
+    if os.environ.get(AUTH_MODE_VARIABLE, "").lower() == "token":
         return (
             "requires a token, and this machine has none or another one: copy ~/.ray/auth_token from the head, or name a copy in "
             "RAY_AUTH_TOKEN_PATH."

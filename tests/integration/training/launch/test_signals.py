@@ -55,9 +55,14 @@ PHASES: dict[str, tuple[Callable[[Job], bool], int]] = {
     "planning": (lambda job: "checking the rows" in job.errors, 10_000),
     "starting Ray": (_runs("gcs_server"), 10_000),
     "starting the workers": (lambda job: bool(job.workers()), 10_000),
+    "loading the model": (lambda job: "building the model" in job.errors, 10_000),
     "training": (lambda job: "step 3/" in job.errors, 10_000),
     "committing": (lambda job: "checkpoint " in job.errors, 10_000),
     "after the last step": (lambda job: f"step {STEPS}/" in job.errors, STEPS),
+    "evaluating at the end": (
+        lambda job: "evaluating" in job.errors.partition(f"step {STEPS}/")[2],
+        STEPS,
+    ),
 }
 """When each phase has begun, and the steps of the run. While it trains, the run commits a checkpoint in every step."""
 
@@ -91,7 +96,7 @@ def test_signal_ends_the_run_with_its_code_and_one_line(phase: str, sent: str, f
         "num_devices": 1,
         "train_batch_size_per_device": 4,
         "max_steps": steps,
-        "valid_path": None,
+        "valid_path": str(files / "valid.jsonl") if phase == "evaluating at the end" else None,
         "lora_config": {"r": 4},
         "checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 1},
     }
@@ -111,7 +116,7 @@ def test_signal_ends_the_run_with_its_code_and_one_line(phase: str, sent: str, f
     completed = bool(finished.output) and finished.result["status"] == "completed"
     assert "Traceback" not in finished.errors
     if completed:
-        assert phase == "after the last step", "only then is there nothing left to stop"
+        assert steps == STEPS, "only then is there nothing left to stop"
         assert (finished.exit_code, lines) == (0, [])
     else:
         assert finished.exit_code == 128 + first, finished.errors
