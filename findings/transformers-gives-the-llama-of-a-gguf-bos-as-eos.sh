@@ -3,8 +3,8 @@
 #
 # A GGUF file has everything that a tokenizer is made of: tokens, merges, the ids of BOS and EOS, and `tokenizer.ggml.pre`, the
 # name of the rules that split a text into words. One expects the tokens of the original, which llama.cpp produces. transformers does
-# not read tokenizer.ggml.pre, and uses GPT-2's rules for every Llama with byte-level BPE. It also takes the text of the EOS token from the id of
-# BOS. There is no warning, and decoding returns the text, so a round trip is right. A model that is fine-tuned with it is shown
+# not read tokenizer.ggml.pre, and uses GPT-2's rules for every Llama with byte-level BPE. It also takes the text of EOS from the id
+# of BOS. There is no warning, and decoding returns the text, so a round trip is right. A model that is fine-tuned with it is shown
 # sequences of tokens that it never saw in pretraining, and is taught to end its answers with <|begin_of_text|>.
 #
 # Seen with transformers==5.17.0, gguf==0.19.0, torch==2.13.0 and the first 20,000 tokens of Llama 3, whose tokenizer.json
