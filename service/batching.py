@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer
 from service.answers import Answer, Sampled
 from service.engine import Delta, Failed, Sampling
 from training.models.adapter import base_of
+from training.models.attention import rope_limit
 
 BASE = "__base__"
 """The adapter of rows without one."""
@@ -121,14 +122,17 @@ class Batch:
 
         Args:
             model: The model, in evaluation mode.
-            max_rows: Most rows at a time. Models with layers other than attention over a KV cache get one row.
+            max_rows: Most rows at a time. Models with layers other than attention over a KV cache get one row, and so do
+                those whose RoPE depends on the longest row.
             max_tokens: Most cached tokens, padding included.
         """
         self.adapters = Adapters()
         self.rows: list[Row] = []
         self.model = model
         config = model.config.get_text_config()
-        self._is_batched = set(getattr(config, "layer_types", None) or _BATCHED_LAYERS) <= _BATCHED_LAYERS
+        self._rope_limit = rope_limit(model.config)
+        is_attention = set(getattr(config, "layer_types", None) or _BATCHED_LAYERS) <= _BATCHED_LAYERS
+        self._is_batched = is_attention and self._rope_limit is None
         self.max_rows = max_rows if self._is_batched else 1
         self.max_tokens = max_tokens
         self._cache = self._new_cache()
@@ -174,6 +178,7 @@ class Batch:
         counts = torch.tensor([len(request.rows) for request in requests], device=device)
         if not self._is_batched:
             self._cache = cache
+            self._tokens = list(requests[0].prompt)
         else:
             self._merge(cache, counts)
         rows = [row for request in requests for row in request.rows]
@@ -183,6 +188,11 @@ class Batch:
     @torch.inference_mode()
     def step(self) -> None:
         """Generate one token for every row."""
+        if not self._is_batched:
+            self._tokens.append(self.rows[0].token)
+            if self.rows[0].length == self._rope_limit:
+                self._recompute()
+                return
         device = self.model.device
         self.adapters.assign([row.adapter for row in self.rows], 1, device)
         tokens = torch.tensor([[row.token] for row in self.rows], device=device)
@@ -194,6 +204,15 @@ class Batch:
         logits = self._forward(tokens, mask, lengths, self._cache)
         for row in self.rows:
             row.length += 1
+        self._push(self.rows, logits)
+
+    def _recompute(self) -> None:
+        """Generate a token without the cache, whose keys have the frequencies of shorter sequences, as Phi 3 does in `generate`."""
+        device, self._cache = self.model.device, self._new_cache()
+        self.adapters.assign([self.rows[0].adapter], len(self._tokens), device)
+        positions = torch.arange(len(self._tokens), device=device)[None]
+        logits = self._forward(torch.tensor([self._tokens], device=device), None, positions, self._cache)
+        self.rows[0].length += 1
         self._push(self.rows, logits)
 
     def remove_finished(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Gemma2Config, GPTNeoXConfig, MixtralConfig, Qwen2Config
+from transformers import Gemma2Config, GPTNeoXConfig, MixtralConfig, Phi3Config, Qwen2Config
 
 from main import main
 from tests.support.adapters import change_tensors, write_adapter
@@ -628,6 +628,19 @@ def test_adapter_that_vllm_does_not_load_raises_an_error_before_training(rejecte
         export={"merge": False},
     )
     assert_names(message, "merge: false ", "use_dora")
+
+
+def test_plan_warns_of_rows_that_change_the_rotary_frequencies_of_others(tmp_path: Path):
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    model = make_model(
+        tmp_path / "phi",
+        kind=Phi3Config,
+        original_max_position_embeddings=16,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 1e4} | factors,
+    )
+    planned = run_main_quickly(config_file(tmp_path, model), "--dry-run", "--json")
+    (warning,) = [text for text in planned.result["warnings"] if "RoPE" in text]
+    assert_names(warning, "phi", "16 tokens", "context_length: 16")
 
 
 def test_kernels_are_chosen_after_the_continued_adapter_is_read(

@@ -43,7 +43,7 @@ SEQUENCE_PARALLEL = PACKED_WITHOUT_MASK - {"mixtral", "qwen3_moe"}
 """Tested `model_type`s whose sequences workers can share. The load-balancing loss of a mixture would count a worker's tokens alone."""
 
 _MOST_HEAD_DIM, _HEAD_DIM_STEP = 256, 8  # limits of PyTorch's flash kernels
-# Their frequencies depend on the largest position, which differs between workers that share a sequence.
+# Their frequencies depend on the largest position of the batch, which differs between workers that share a sequence.
 _ROPE_BY_LENGTH = {"dynamic", "longrope"}
 
 
@@ -61,6 +61,8 @@ class AttentionTraits:
     """False if transformers has no SDPA for the model; the flash-attn package does not support those models either."""
     undivided: Excluded | None = "other architectures"
     """Why workers cannot share sequences; None if they can: tokens meet in attention only, and each has its position id."""
+    rope_limit: int | None = None
+    """See `rope_limit`."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ def read_traits(directory: Path, source: str, *, trust_remote_code: bool) -> Att
         fits_varlen=_fits_varlen(config),
         has_sdpa=_has_sdpa(config, trust_remote_code),
         undivided=_undivided(config, trust_remote_code),
+        rope_limit=rope_limit(config),
     )
 
 
@@ -208,12 +211,25 @@ def _needs_mask(config: "PreTrainedConfig", trust_remote_code: bool) -> bool:
     )
 
 
+def rope_limit(config: "PreTrainedConfig") -> int | None:
+    """Return the longest sequence with RoPE's ordinary frequencies; None if they do not depend on the length.
+
+    A longer sequence changes the frequencies of all rows in its batch (`dynamic_rope_update` in transformers 5.17).
+    """
+    text = config.get_text_config()
+    ropes = getattr(text, "rope_parameters", None) or {}
+    limits = [
+        rope.get("original_max_position_embeddings") or text.max_position_embeddings
+        for rope in (ropes, *ropes.values())
+        if isinstance(rope, dict) and rope.get("rope_type") in _ROPE_BY_LENGTH
+    ]
+    return min(limits, default=None)
+
+
 def _undivided(config: "PreTrainedConfig", trust_remote_code: bool) -> Excluded | None:
-    ropes = getattr(config, "rope_parameters", None) or {}
-    kinds = {rope.get("rope_type") for rope in (ropes, *ropes.values()) if isinstance(rope, dict)}
     if _has_softcapping(config):
         return "logit softcapping"
-    if kinds & _ROPE_BY_LENGTH:
+    if rope_limit(config) is not None:
         return "RoPE that depends on the length"
     is_custom = causal_model_class(config, trust_remote_code=trust_remote_code) is None
     if is_custom or hasattr(config.get_text_config(), "output_router_logits"):

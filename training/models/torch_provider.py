@@ -1,7 +1,7 @@
 """The torch provider: plain transformers and PEFT, the reference for the other providers."""
 
 from contextlib import nullcontext
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, s
 from configs.schema import LoraConfig
 from training.models import sequence_parallel, varlen_attention
 from training.models.architecture import check_complete
-from training.models.attention import Implementation, plain_attention
+from training.models.attention import Implementation, plain_attention, rope_limit
 from training.models.files import check_no_adapter
 from training.models.generation import correct
 from training.models.kernels import Device
@@ -108,9 +108,30 @@ def load_weights(
     )  # transformers has initialized them at random
     if model.generation_config is not None:
         correct(model.generation_config, model.config)
+    if (limit := rope_limit(model.config)) is not None:
+        _recompute_at(model, limit)
     if load_in_4bit and device == "cpu":
         keep_4bit_layout(model)
     return model
+
+
+def _recompute_at(model: Any, limit: int) -> None:
+    """Make `generate` recompute keys once a sequence gets longer than `limit`, where RoPE gets other frequencies.
+
+    Phi 3 drops the cache there, but transformers 5.17 passes only the last token on: from then on, a token depends on no earlier
+    one (`prepare_inputs_for_generation` in models/phi3/modeling_phi3.py and generation/utils.py).
+    """
+    prepare = model.prepare_inputs_for_generation
+
+    @wraps(prepare)  # generate reads the names of its arguments
+    def prepare_all(input_ids: torch.Tensor, **others: Any) -> dict[str, Any]:
+        cache = others.get("past_key_values")
+        if cache is not None and cache.get_seq_length() <= limit < input_ids.shape[1]:
+            positions = (others["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+            others |= {"past_key_values": None, "next_sequence_length": None, "position_ids": positions}
+        return prepare(input_ids, **others)
+
+    model.prepare_inputs_for_generation = prepare_all
 
 
 def keep_4bit_layout(model: "PreTrainedModel") -> None:

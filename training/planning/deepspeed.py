@@ -25,6 +25,15 @@ _MAX_ENTRIES = 2**31 - 1
 _SPLITTABLE_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "lion_32bit", "sgd")
 
 
+# Without `gradient_clipping`, DeepSpeed 0.19.8 clips at 1.0, whatever max_grad_norm says.
+_KEYS_OF_YAML = (
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+)
+
+
 class StrategyError(AnnealError):
     """A DeepSpeed configuration that cannot be used; the message names the file, the cause and the fix."""
 
@@ -88,6 +97,7 @@ def deepspeed_settings(config: FinetuneConfig) -> dict[str, Any] | None:
             f"deepspeed: {path} is not a DeepSpeed configuration: the file and its `zero_optimization` must be JSON objects. Fix it, or "
             "name a preset (zero_1, zero_2, zero_3, …)."
         )
+    _take_values_from_yaml(settings)
     stage = settings.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise StrategyError(f"deepspeed: {path} has `zero_optimization.stage` {stage!r}. Write 0, 1, 2 or 3.")
@@ -101,6 +111,13 @@ def deepspeed_settings(config: FinetuneConfig) -> dict[str, Any] | None:
             )
     _check_offloading(config, path, settings.get("zero_optimization", {}))
     return settings
+
+
+def _take_values_from_yaml(settings: dict[str, Any]) -> None:
+    """Add the keys whose values the YAML determines: transformers fills in "auto", but leaves a missing key to DeepSpeed's default."""
+    for key in _KEYS_OF_YAML:
+        settings.setdefault(key, "auto")
+    settings.setdefault("bf16", {"enabled": "auto"})
 
 
 def is_offloaded(zero: Mapping[str, Any], block: Literal["offload_optimizer", "offload_param"]) -> bool:

@@ -127,6 +127,22 @@ def attention_warnings(
     )
 
 
+def rope_warnings(source: str, limit: int | None, longest: int) -> Iterator[str]:
+    """Warn of rows that change the rotary frequencies of the shorter rows beside them.
+
+    Args:
+        source: Name of the model.
+        limit: See `rope_limit` in training/models/attention.py.
+        longest: Tokens of the longest row.
+    """
+    if limit is not None and longest > limit:
+        yield (
+            f"{source}: its RoPE has other frequencies above {limit:,} tokens, for all rows of a batch. The longest row has {longest:,}, so "
+            f"the loss of a shorter row depends on the rows that are computed with it. Write context_length: {limit}, or train on rows "
+            "of similar length only"
+        )
+
+
 def expert_warnings(
     config: FinetuneConfig, facts: ModelFacts, shape: ModelShape | None, device: Device, kernels: Provider
 ) -> Iterator[str]:

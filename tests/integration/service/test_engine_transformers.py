@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import MistralConfig, Qwen3NextConfig
+from transformers import MistralConfig, Phi3Config, Qwen3NextConfig
 
 from configs.schema import FinetuneConfig
 from service.checkpoints import base_checkpoint
@@ -251,8 +251,21 @@ def _assert_beside_others(
                 "mlp_only_layers": [0, 1],
             },
         ),
+        (
+            Phi3Config,
+            {
+                "initializer_range": 0.3,
+                "original_max_position_embeddings": 28,  # one prompt is longer, and an answer reaches it
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 10_000.0,
+                    "short_factor": [1.0] * 8,
+                    "long_factor": [1.0 + 4 * dimension for dimension in range(8)],
+                },
+            },
+        ),
     ],
-    ids=["sliding window", "linear attention"],
+    ids=["sliding window", "linear attention", "longrope"],
 )
 def test_other_attention_answers_as_generate(tmp_path: Path, kind: Any, settings: dict[str, Any]):
     model = make_model(tmp_path / "model", kind=kind, **settings)
@@ -263,6 +276,8 @@ def test_other_attention_answers_as_generate(tmp_path: Path, kind: Any, settings
 
     try:
         reference = Reference(model)
+        # transformers 5.17 forgets the prompt where RoPE changes; see _recompute_at in training/models/torch_provider.py.
+        reference.model.generation_config.use_cache = kind is not Phi3Config
         assert run(ask()) == [[reference.answer(question)] for question in QUESTIONS]
     finally:
         engine.close()

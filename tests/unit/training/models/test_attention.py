@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, Phi3Config
 
 from configs.schema import FinetuneConfig
 from tests.support.messages import assert_names
@@ -28,6 +29,22 @@ MIXTURE = AttentionTraits(has_softcapping=False, needs_mask=True, fits_varlen=Tr
 WITHOUT_SDPA = AttentionTraits(has_softcapping=False, needs_mask=True, fits_varlen=False, has_sdpa=False)
 PACKING = {"packing": True}
 FLASH = {"flash_attention_2": True}
+SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.1,
+}
+LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 8,
+    "long_factor": [1.0 + 4 * dimension for dimension in range(8)],
+}
 
 
 @pytest.mark.parametrize(
@@ -204,3 +221,23 @@ def test_sliding_windows_need_kernels_that_support_them(tmp_path: Path):
 
 def config(**keys: Any) -> FinetuneConfig:
     return FinetuneConfig.model_validate({"model_id": "a/b", "train_path": "t.jsonl"} | keys)
+
+
+@torch.no_grad()
+def test_rope_limit_is_the_length_from_which_a_row_depends_on_others(tmp_path: Path):
+    """`longrope_frequency_update` in transformers 5.17 takes the largest position of the batch."""
+    config = Phi3Config(**SMALL, original_max_position_embeddings=32, rope_parameters=LONGROPE)
+    config.save_pretrained(tmp_path)
+    limit = read_traits(tmp_path, "a/phi", trust_remote_code=False).rope_limit
+    assert limit == 32
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    rows = torch.randint(config.vocab_size, (2, limit + 1))
+    alone = model(rows[:1, :16]).logits
+    torch.testing.assert_close(model(rows[:, :limit]).logits[:1, :16], alone)
+    assert (model(rows).logits[:1, :16] - alone).abs().max() > 0.01
+
+
+def test_models_with_fixed_frequencies_have_no_rope_limit(tmp_path: Path):
+    AutoConfig.for_model("llama").save_pretrained(tmp_path)
+    assert read_traits(tmp_path, "a/llama", trust_remote_code=False).rope_limit is None

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig as PeftConfig
+from peft import get_peft_model
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -50,6 +52,31 @@ def test_models_without_sdpa_in_transformers_get_eager_attention(tmp_path: Path)
     model: Any = load_weights(directory, dtype="fp32")
     assert model.config._attn_implementation == "eager"
     assert model(torch.arange(16)[None]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("prompt", [10, 16, 20])
+@pytest.mark.parametrize("has_adapter", [False, True])
+def test_answers_that_pass_the_rope_limit_equal_those_without_a_cache(
+    *, has_adapter: bool, prompt: int, tmp_path: Path
+):
+    """Phi 3 in transformers 5.17 forgets the prompt there (`prepare_inputs_for_generation` in models/phi3/modeling_phi3.py)."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [1.0, 5.0, 9.0, 13.0]}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4} | factors
+    limit = {"original_max_position_embeddings": 16, "rope_parameters": rope}
+    ids = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+    phi = save_model(tmp_path, "phi3", initializer_range=0.3, max_position_embeddings=64, **limit, **ids)
+    model: Any = load_weights(phi, dtype="fp32").eval()
+    if has_adapter:
+        model = get_peft_model(model, PeftConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    rows = torch.randint(1, 64, (2, prompt), generator=torch.Generator().manual_seed(0))
+    rows[0, :3] = 0
+    inputs = {
+        "input_ids": rows,
+        "attention_mask": (rows > 0).long(),
+        "do_sample": False,
+        "max_new_tokens": 10,
+    }
+    assert model.generate(**inputs).tolist() == model.generate(**inputs, use_cache=False).tolist()
 
 
 def test_deterministic_experts_use_the_eager_implementation(tmp_path: Path):

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import TrainingArguments
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from configs.schema import FinetuneConfig
 from tests.support.messages import assert_names
@@ -52,6 +54,33 @@ def test_zero_stage_is_read_from_the_deepspeed_file_not_its_name(tmp_path: Path)
         resolve_execution(
             FinetuneConfig.model_validate(keys | {"load_in_4bit": True, "lora_config": {"r": 8}}), "cpu"
         )
+
+
+@pytest.mark.parametrize("file", [{}, {"bf16": {"enabled": "auto"}}, {"gradient_clipping": 0.3}])
+def test_values_of_the_yaml_reach_deepspeed_if_its_file_has_no_keys_for_them(
+    file: dict[str, object], tmp_path: Path
+):
+    """`fill_match` of transformers 5.17 skips missing keys, and DeepSpeed 0.19.8 then clips at 1.0 (integrations/deepspeed.py)."""
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}} | file))
+    keys = {"model_id": "a/b", "train_path": "t.jsonl", "deepspeed": {"config_path": str(path)}}
+    settings = resolve_execution(FinetuneConfig.model_validate(keys), "cpu").deepspeed
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_grad_norm=0.3,
+        gradient_accumulation_steps=4,
+        per_device_train_batch_size=2,
+        bf16=True,
+        use_cpu=True,
+    )
+    filled = HfTrainerDeepSpeedConfig(settings)
+    filled.trainer_config_process(arguments)
+    assert not filled.mismatches
+    assert filled.get_value("gradient_clipping") == 0.3
+    assert filled.get_value("gradient_accumulation_steps") == 4
+    assert filled.get_value("train_micro_batch_size_per_gpu") == 2
+    assert filled.get_value("train_batch_size") == 8
+    assert filled.get_value("bf16.enabled") is True
 
 
 @pytest.mark.parametrize(

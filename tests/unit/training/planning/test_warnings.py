@@ -32,6 +32,7 @@ from training.planning.warnings import (
     learning_rate_warnings,
     length_warnings,
     overlap_warnings,
+    rope_warnings,
     row_warnings,
     schedule_warnings,
     storage_warnings,
@@ -371,6 +372,13 @@ def test_eager_attention_warns_of_its_cause(has_sdpa: bool, cause: str, hint: bo
     (text,) = attention_warnings(config(), facts, traits, Attention("eager", mask=False), "cuda")
     assert cause in text
     assert ("flash_attention_2: true" in text) == hint
+
+
+def test_rows_that_change_the_frequencies_of_others_give_a_warning():
+    (text,) = rope_warnings("a/phi", 4096, 5000)
+    assert_names(text, "a/phi", "RoPE", "4,096", "5,000", "context_length: 4096")
+    assert not list(rope_warnings("a/phi", 4096, 4096))
+    assert not list(rope_warnings("a/llama", None, 5000))
 
 
 def test_tensors_that_are_not_loaded_are_named():
