@@ -255,6 +255,26 @@ def test_start_that_fails_leaves_a_running_service(tmp_path: Path, bucket_uri: s
 
 
 @pytest.mark.slow
+def test_stopped_process_leaves_a_service_that_replaced_its_own(
+    tmp_path: Path, bucket_uri: str, tiny_model: Path
+):
+    config = write_service(tmp_path, bucket_uri, str(tiny_model), {"output_dir": str(tmp_path / "scratch")})
+    port = free_port()
+    with ray_cluster(4) as cluster:
+        with served(config, port, variables=cluster.variables) as first:
+            headers = {"Authorization": f"Bearer {first.key}"}
+            with served(config, port, variables=cluster.variables) as second:
+                first.process.send_signal(signal.SIGTERM)
+                assert first.process.wait(120) == 128 + signal.SIGTERM
+                assert "belongs to another process" in first.errors.read_text()
+                models = httpx.get(f"{second.base_url}/models", headers=headers, timeout=60).json()["data"]
+                assert [model["id"] for model in models] == ["tiny"]
+                second.process.send_signal(signal.SIGTERM)
+                assert second.process.wait(120) == 128 + signal.SIGTERM
+        assert other_application(cluster, "start", str(port)) == "['other'] still here"
+
+
+@pytest.mark.slow
 def test_service_that_cannot_start_is_an_error_and_leaves_no_application(
     tmp_path: Path, bucket_uri: str, tiny_model: Path
 ):
@@ -408,7 +428,9 @@ async def poll(service: Served, job: str, clients: int) -> list[int]:
 
 
 @GRID
-def test_upload_of_1_gb_takes_64_mb_of_memory(tmp_path: Path, bucket_uri: str, tiny_model: Path):
+def test_upload_of_1_gb_takes_64_mb_of_memory(
+    tmp_path: Path, bucket_uri: str, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+):
     """Time: at most 1.2 times that of boto3's own upload of the same file, side by side."""
     content = tmp_path / "rows.jsonl"
     block = b"x" * 999_999 + b"\n"
@@ -430,6 +452,9 @@ def test_upload_of_1_gb_takes_64_mb_of_memory(tmp_path: Path, bucket_uri: str, t
             with sampled(lambda: peak.append(replica.memory_info().rss)):
                 upload(service, content)
             ratios.append((time.monotonic() - began) / of_boto3)
+    with capsys.disabled():
+        shown = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        print(f"(1 GB: {(max(peak) - before) / 1e6:.0f} MB of memory; times of boto3's: {shown})")
     assert max(peak) - before < 64_000_000
     assert statistics.median(ratios) < 1.2
 
