@@ -30,10 +30,10 @@ from utils.storage.s3 import UPLOAD_PART_BYTES, S3Store, StreamedUpload
 T = TypeVar("T")
 
 PURPOSE, RESULTS_PURPOSE = "fine-tune", "fine-tune-results"
-_PARTS_AT_A_TIME = 3
+_PARTS_AT_A_TIME = 2
 _MAX_UPLOADS, _MAX_UPLOADS_OF_PROJECT = 100, 50
-"""Uploads that one replica receives at a time. Each has up to 8 MB that are not sent yet, and 3 parts of 8 MB on their way.
-One project must not take the slots of all others."""
+"""Uploads that one replica receives at a time. Each has up to 16 MB that are not sent yet, and 2 parts of 8 MB on
+their way, which botocore copies. One project must not take the slots of all others."""
 _SILENCE_SECONDS = 60.0
 _MAX_FIELD_BYTES = 4096
 _MAX_PARTS = 16
