@@ -23,6 +23,8 @@ from utils.storage.s3 import S3Store
 APP_NAME = "fine-tuning"
 _MAX_ONGOING_REQUESTS = 1000
 _MAX_CONNECTIONS, _BACKLOG = 4000, 1024
+_KEEP_ALIVE_SECONDS = 65
+"""Longer than clients keep idle connections (httpx: 5 s), so that no request meets a connection that is being closed."""
 _M_MMAP_THRESHOLD, _LARGE_BYTES = -3, 1024 * 1024
 
 
@@ -56,7 +58,13 @@ class ListeningReplica:
             reuse_port=True,
         )
         app = create_app(service, handles)
-        config = uvicorn.Config(app, log_config=None, access_log=False, limit_concurrency=_MAX_CONNECTIONS)
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            limit_concurrency=_MAX_CONNECTIONS,
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(
             target=self._server.run, args=([listening],), name="http", daemon=True

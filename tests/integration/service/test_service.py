@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -373,6 +374,19 @@ def test_openai_client_fine_tunes_the_quickstart_model(tmp_path: Path, bucket: E
     with served(PROJECT / name, errors=tmp_path / "stderr") as service:
         key = service.key or create_key(S3Store(load_service(PROJECT / name).config.storage_path), "default")
         check(run_client(service.base_url, key, str(rows), "smollm2-135m", timeout=600), "smollm2-135m")
+
+
+@pytest.mark.slow
+def test_idle_connection_stays_open(tmp_path: Path, bucket_uri: str, tiny_model: Path):
+    config = write_service(tmp_path, bucket_uri, str(tiny_model), {"output_dir": str(tmp_path / "scratch")})
+    with served(config) as service:
+        host, port = service.base_url.removeprefix("http://").removesuffix("/v1").split(":")
+        connection = HTTPConnection(host, int(port), timeout=30)
+        for idle in (7, 0):
+            connection.request("GET", "/healthz")
+            assert connection.getresponse().read() == b"ok\n"
+            time.sleep(idle)
+        connection.close()
 
 
 @GRID
