@@ -1,7 +1,9 @@
 """The service as an application of Ray Serve."""
 
+import ctypes
 import logging
 import socket
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,9 @@ from utils.storage.s3 import S3Store
 APP_NAME = "fine-tuning"
 _MAX_ONGOING_REQUESTS = 1000
 _MAX_CONNECTIONS, _BACKLOG = 4000, 1024
+_KEEP_ALIVE_SECONDS = 65
+"""Longer than clients keep idle connections (httpx: 5 s), so that no request meets a connection that is being closed."""
+_M_MMAP_THRESHOLD, _LARGE_BYTES = -3, 1024 * 1024
 
 
 @serve.ingress()
@@ -29,6 +34,7 @@ class ProxiedReplica:
 
     def __init__(self, service: LoadedService, handles: dict[str, Any], scheduler: Any):
         _log_to_stderr()
+        _return_large_blocks()
         self._service, self._handles = service, handles
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -44,6 +50,7 @@ class ListeningReplica:
 
     def __init__(self, service: LoadedService, handles: dict[str, Any], scheduler: Any):
         _log_to_stderr()
+        _return_large_blocks()
         listening = socket.create_server(
             (service.config.host, service.config.port),
             family=socket.AF_INET6 if ":" in service.config.host else socket.AF_INET,
@@ -51,7 +58,13 @@ class ListeningReplica:
             reuse_port=True,
         )
         app = create_app(service, handles)
-        config = uvicorn.Config(app, log_config=None, access_log=False, limit_concurrency=_MAX_CONNECTIONS)
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            limit_concurrency=_MAX_CONNECTIONS,
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(
             target=self._server.run, args=([listening],), name="http", daemon=True
@@ -127,3 +140,9 @@ def _log_to_stderr() -> None:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         logger.propagate = False
+
+
+def _return_large_blocks() -> None:
+    """Let glibc return the freed parts of uploads to the system; by default, the heaps of the threads retain them."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)

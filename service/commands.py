@@ -4,6 +4,7 @@ import ipaddress
 import json
 import math
 import os
+import secrets
 import socket
 import threading
 import time
@@ -47,6 +48,7 @@ _ANSWER_SECONDS = 60
 """Seconds until a proxy of Serve on this machine must answer."""
 _HEALTH_SECONDS = 20  # /healthz waits about 10 s for a bucket that does not answer
 _POLL_SECONDS = 0.2
+_OWNER = "owner of the service"
 
 
 class ServiceError(AnnealError):
@@ -218,8 +220,7 @@ class _Run:
         self._service, self._target, self._as_json = service, target, as_json
         self._output, self._progress = output, progress
         self._stop = threading.Event()
-        self._is_deployed = False
-        """The application on the cluster belongs to this process, which removes it at the end."""
+        self._id = secrets.token_hex(8)
 
     def run(self) -> int:
         """Start the service, wait for a signal and stop it; return the exit code."""
@@ -246,13 +247,18 @@ class _Run:
                     if not self._stop.is_set():
                         self._announce(create_first_key(S3Store(config.storage_path), DEFAULT_PROJECT))
                     self._stop.wait()
-                    self._write("stopping: running jobs commit a checkpoint; the same command continues them")
+                    self._write(
+                        "stopping: running jobs commit a checkpoint; the same command continues them"
+                        if self._owns_application()
+                        else "stopping: the service on the cluster belongs to another process, and continues"
+                    )
                 finally:
-                    if self._is_deployed and APP_NAME in serve.status().applications:
+                    owns_application = self._owns_application()
+                    if owns_application and APP_NAME in serve.status().applications:
                         serve.delete(APP_NAME)
                     if running is None and not serve.status().applications:
                         serve.shutdown()
-                    if self._is_deployed:
+                    if owns_application:
                         _stop_drivers(received)
             finally:
                 ray.shutdown()
@@ -291,8 +297,9 @@ class _Run:
             raise ServiceError(
                 f"Serve cannot start the service at host: {config.host}, port: {config.port}: {_last_line(str(error))}"
             ) from error
-        # A service that already ran, and its jobs, must survive an update that fails.
-        self._is_deployed = not replaces
+        # A service that already ran, and its jobs, must survive an update that fails or is interrupted.
+        if not replaces:
+            self._own_application()
         while not self._stop.wait(_POLL_SECONDS):
             found = serve.status().applications.get(APP_NAME)
             if found is None:
@@ -302,10 +309,22 @@ class _Run:
             if found.status == ApplicationStatus.DEPLOY_FAILED:
                 raise ServiceError(f"the service cannot start. {_reason(found)}")
             if found.status == ApplicationStatus.RUNNING:
-                break
-        if not is_local:
-            self._wait_for_answer()
-        self._is_deployed = True
+                if not is_local:
+                    self._wait_for_answer()
+                self._own_application()
+                return
+
+    def _own_application(self) -> None:
+        """Record that the application on the cluster is the one of this process, which deletes it at the end."""
+        from training.loop.ray_internals import set_cluster_value
+
+        set_cluster_value(_OWNER, self._id)
+
+    def _owns_application(self) -> bool:
+        """Return whether the application on the cluster is still the one of this process."""
+        from training.loop.ray_internals import cluster_value
+
+        return cluster_value(_OWNER) == self._id
 
     def _wait_for_answer(self) -> None:
         """Wait until a proxy of Serve answers at the service's address; print a warning if this machine has none.

@@ -89,7 +89,7 @@ class Limits(Section):
     """Limits. A request above one is answered with 429."""
 
     requests_per_minute: PositiveInt = 600
-    """Requests per minute of each key."""
+    """Requests per minute of each key, counted in each replica: with `num_replicas: 2`, a key may send up to twice as many."""
 
     jobs: PositiveInt = 20
     """Unfinished jobs of each project."""

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import anyio
 import anyio.to_thread
+from awscrt.checksums import crc64nvme
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
@@ -22,16 +23,17 @@ from service.errors import ApiError, invalid, not_found
 from service.keys import Caller
 from service.layout import active_key, content_key, files_of, jobs_of
 from service.records import Record, Slice
-from service.requests import PageQuery
+from service.requests import RETRY_SECONDS, PageQuery
+from utils.files import checksum_text
 from utils.storage.s3 import UPLOAD_PART_BYTES, S3Store, StreamedUpload
 
 T = TypeVar("T")
 
 PURPOSE, RESULTS_PURPOSE = "fine-tune", "fine-tune-results"
-_PARTS_AT_A_TIME = 3
+_PARTS_AT_A_TIME = 2
 _MAX_UPLOADS, _MAX_UPLOADS_OF_PROJECT = 100, 50
-"""Uploads that one replica receives at a time. Each has up to 8 MB that are not sent yet, and 3 parts of 8 MB on their way.
-One project must not take the slots of all others."""
+"""Uploads that one replica receives at a time. Each has up to 16 MB that are not sent yet, and 2 parts of 8 MB on
+their way, which botocore copies. One project must not take the slots of all others."""
 _SILENCE_SECONDS = 60.0
 _MAX_FIELD_BYTES = 4096
 _MAX_PARTS = 16
@@ -63,8 +65,14 @@ class Files:
         self._store, self._contents, self._limits = store, contents, limits
         self._uploads: Counter[str] = Counter()
 
-    async def create(self, caller: Caller, request: Request) -> Record:
-        """Stream an upload into the bucket and return its record."""
+    async def create(self, caller: Caller, request: Request, *, is_retry: bool) -> Record:
+        """Stream an upload into the bucket and return its record, or that of the same upload whose response was lost.
+
+        Args:
+            caller: Project and key of the request.
+            request: The request.
+            is_retry: The client repeats a request whose answer it lost.
+        """
         declared = request.headers.get("content-length", "")
         too_large = int(declared) > self._limits.file_bytes + 100_000 if declared.isdigit() else False
         if too_large:
@@ -90,17 +98,29 @@ class Files:
         except ApiError:
             await anyio.to_thread.run_sync(self._store.delete, [key])
             raise
-        record = {
+        now = int(time.time())
+        identity = {
+            "key_id": caller.key_id,
             "bytes": upload.size,
-            "created_at": int(time.time()),
+            "checksum": checksum_text(upload.crc),
             "filename": upload.filename,
             "purpose": purpose,
-            "content": name,
         }
-        return await _in_content_thread(
+        record = identity | {"created_at": now, "content": name}
+
+        def is_the_same(other: Record) -> bool:
+            if not is_retry or now - other["created_at"] > RETRY_SECONDS:
+                return other["content"] == name  # stored by a write whose response was lost
+            return all(other.get(field) == value for field, value in identity.items())
+
+        created = await _in_content_thread(
             files_of(self._contents, caller.project).append,
             lambda identifier: {"id": identifier, **record},
+            is_the_same,
         )
+        if created["content"] != name:
+            await anyio.to_thread.run_sync(self._store.delete, [key])
+        return created
 
     def get(self, project: str, file_id: str) -> Record:
         """Return a file's record; raise an ApiError if it does not exist."""
@@ -252,7 +272,7 @@ class _Upload:
     def __init__(self, request: Request, limit: int, too_large: Callable[[], ApiError]):
         self.fields: dict[str, str] = {}
         self.filename = ""
-        self.size = 0
+        self.size = self.crc = 0
         self._request, self._limit, self._too_large = request, limit, too_large
         self._part = _Part()
         self._parts = 0
@@ -292,12 +312,15 @@ class _Upload:
                 with memoryview(self._rest) as view:  # a slice would copy the part twice
                     part = bytes(view[:UPLOAD_PART_BYTES])
                 del self._rest[:UPLOAD_PART_BYTES]
+                self.crc = crc64nvme(part, self.crc)
                 running.append(asyncio.create_task(_in_content_thread(upload.put, number, part)))
                 number += 1
         self._check_complete()
         while running:
             await running.popleft()
-        await _in_content_thread(upload.complete, bytes(self._rest))
+        last = bytes(self._rest)
+        self.crc = crc64nvme(last, self.crc)
+        await _in_content_thread(upload.complete, last)
 
     async def _blocks(self) -> AsyncIterator[bytes]:
         """Yield the body; raise an ApiError if the client is silent for too long."""

@@ -16,13 +16,13 @@ from service.keys import Caller
 from service.layout import FILE_PREFIX, active_key, files_of, jobs_of
 from service.models import Models
 from service.records import Record, Slice
-from service.requests import PageQuery, RequestBody
+from service.requests import RETRY_SECONDS, PageQuery, RequestBody
 from utils.storage.s3 import S3Store
 
 VALIDATING, QUEUED, RUNNING, PAUSED = "validating_files", "queued", "running", "paused"
 SUCCEEDED, FAILED, CANCELLED = "succeeded", "failed", "cancelled"
 UNFINISHED = (VALIDATING, QUEUED, RUNNING, PAUSED)
-_REPEAT_SECONDS, _RETRY_SECONDS = 5, 600
+_REPEAT_SECONDS = 5
 _MAX_MESSAGES, _MAX_MARKS = 200, 200
 
 Action = Literal["cancel", "pause", "resume"]
@@ -176,7 +176,7 @@ class Jobs:
             return {"id": identifier, **record}
 
         def is_the_same(other: Record) -> bool:
-            window = _RETRY_SECONDS if is_retry else _REPEAT_SECONDS
+            window = RETRY_SECONDS if is_retry else _REPEAT_SECONDS
             return other["request_digest"] == digest and now - other["created_at"] <= window
 
         created = jobs_of(self._store, caller.project).append(make, is_the_same)
@@ -329,7 +329,7 @@ def job_body(job: Record, project: str) -> dict[str, Any]:
 
 def _last_action(job: Record) -> str | None:
     """Return the message of the last cancel, pause or resume within the time of retries."""
-    since, messages = time.time() - _RETRY_SECONDS, {message for _, _, message in _ACTIONS.values()}
+    since, messages = time.time() - RETRY_SECONDS, {message for _, _, message in _ACTIONS.values()}
     asked = [text for at, _, text, _ in job["messages"] if text in messages and at >= since]
     return asked[-1] if asked else None
 

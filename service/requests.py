@@ -13,6 +13,8 @@ from service.records import Record, Slice
 
 MAX_BODY_BYTES = 1_000_000
 MAX_PAGE = 100
+RETRY_SECONDS = 600
+"""Time within which a request that is marked as a retry is recognized as the same."""
 _MAX_DEPTH = 50
 
 Body = TypeVar("Body", bound=BaseModel)

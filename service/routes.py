@@ -36,7 +36,7 @@ def file_router(files: Files) -> APIRouter:
 
     @router.post("")
     async def create(request: Request) -> dict[str, Any]:
-        return file_body(await files.create(caller_of(request), request))
+        return file_body(await files.create(caller_of(request), request, is_retry=is_retry(request)))
 
     @router.get("")
     def listing(request: Request) -> dict[str, Any]:

@@ -220,14 +220,23 @@ class VllmEngine:
         async with self._client.stream("POST", "/v1/completions", json=body) as response:
             if response.is_error:
                 raise _rejected(await response.aread())
-            yield Accepted(len(prompt))
+            is_accepted = False
             async for choice in _choices(response):
+                # vLLM finds some mistakes only after it has begun its stream; before `Accepted`, they keep their status.
+                if not is_accepted:
+                    yield Accepted(len(prompt))
+                    is_accepted = True
                 for answer in answers if sampling.is_greedy else [answers[choice["index"]]]:
                     for sampled in self._sampled(choice, answer, sampling.top_logprobs):
                         if (delta := answer.push(sampled)) is not None:
                             yield delta
                 if all(answer.is_finished for answer in answers):
                     return  # a stop text ended it: closing the connection frees its place
+            raise ApiError(
+                status=500,
+                message="vLLM ended the answer before it was complete. Retry the request.",
+                type="server_error",
+            )
 
     def _sampled(self, choice: dict[str, Any], answer: Answer, top_logprobs: int | None) -> Iterator[Sampled]:
         """Yield the tokens of a chunk; vLLM may omit the stop token that ended the answer."""

@@ -33,7 +33,7 @@ from ray._private.state import state as _state
 # The directories of Ray's logs and session, which no public function returns.
 from ray._private.worker import global_worker as _global_worker
 
-# The GCS answers a client at once, while ray.init retries for 20 s.
+# The GCS answers a client at once, while ray.init retries for 20 s. It also stores values for all processes of a cluster.
 from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]  # compiled, and without a stub
 
 # Which nodes an autoscaler or KubeRay has created; ray.nodes does not say.
@@ -127,12 +127,16 @@ __all__ = [
     "ask_gcs",
     "autoscaler_maximum",
     "cluster_on_this_machine",
+    "cluster_value",
     "has_node_groups",
     "is_node_preempted",
     "lean_head_node",
     "ray_logs",
     "session_directory",
+    "set_cluster_value",
 ]
+
+_NAMESPACE = b"anneal"
 
 
 class _LeanNode(_node.Node):
@@ -432,3 +436,15 @@ def client_of_serve() -> Any:
     from ray.serve.context import _get_global_client  # only the service installs ray[serve]
 
     return _get_global_client(raise_if_no_controller_running=False)
+
+
+def set_cluster_value(name: str, value: str) -> None:
+    """Store a value in the cluster's GCS. An application of Ray Serve has no field for its owner."""
+    gcs = GcsClient(ray.get_runtime_context().gcs_address)
+    gcs.internal_kv_put(name.encode(), value.encode(), True, _NAMESPACE)
+
+
+def cluster_value(name: str) -> str | None:
+    """Return a value that `set_cluster_value` has stored, or None."""
+    stored = GcsClient(ray.get_runtime_context().gcs_address).internal_kv_get(name.encode(), _NAMESPACE)
+    return None if stored is None else stored.decode()

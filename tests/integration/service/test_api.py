@@ -1,7 +1,9 @@
 """Files, jobs, models, keys and limits of the API, against a real bucket."""
 
 import json
+import os
 import socket
+import statistics
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +16,7 @@ import pytest
 from service.config import LoadedService, load_service
 from service.keys import KeysError, create_key, list_keys, revoke_keys
 from service.layout import active_key, files_of, jobs_of, metrics_key
+from service.records import Records
 from tests.support.service import CHAT, Api, rows, running_api, write_service
 from utils.storage.s3 import UPLOAD_PART_BYTES, S3Store
 
@@ -254,6 +257,53 @@ def test_repeated_create_is_one_job(apis: list[Api], store: S3Store):
     assert len(store.list(active_key("red"))) >= 3
 
 
+def test_repeated_upload_is_one_file(apis: list[Api], store: S3Store):
+    red, blue = apis
+    content = b"x" * (UPLOAD_PART_BYTES + 10)
+
+    def upload(api: Api = red, content: bytes = content, name: str = "a", *, is_retry: bool = True) -> str:
+        headers = {"x-stainless-retry-count": str(int(is_retry))}
+        files = {"file": (name, content)}
+        form = {"data": {"purpose": "fine-tune"}, "files": files, "headers": headers}
+        answer = api.request("POST", "/v1/files", **form)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["id"]
+
+    first = upload(is_retry=False)
+    with ThreadPoolExecutor(3) as pool:
+        assert {*pool.map(lambda _: upload(), range(3))} == {first}
+    assert len(store.list("content/red")) == 1
+    assert red.request("GET", f"/v1/files/{first}/content").content == content
+    others = [
+        upload(is_retry=False),
+        upload(name="b"),
+        upload(content=b"y" + content[1:]),
+        upload(content=content[:-1] + b"y"),
+        upload(Api(red.url, create_key(store, "red"))),
+        upload(blue),
+    ]
+    assert len({first, *others}) == 7
+    for file in ids(red.get("/v1/files")):
+        files_of(store, "red").update(file, lambda found: found | {"created_at": found["created_at"] - 700})
+    assert upload() not in {first, *others}
+
+
+def test_upload_whose_record_was_stored_by_a_lost_write_is_one_file(
+    apis: list[Api], store: S3Store, monkeypatch: pytest.MonkeyPatch
+):
+    write, lost = Records._write, [True]
+
+    def lose_first(self: Records, *arguments: Any) -> bool:
+        written = write(self, *arguments)
+        return written and not (lost and lost.pop())
+
+    monkeypatch.setattr(Records, "_write", lose_first)
+    file = apis[0].upload(rows())["id"]
+    assert lost == []
+    assert ids(apis[0].get("/v1/files")) == [file]
+    assert apis[0].request("GET", f"/v1/files/{file}/content").content == rows()
+
+
 def test_job_status_changes_only_by_allowed_transitions(apis: list[Api], store: S3Store):
     red = apis[0]
     job = red.create_job(red.upload(rows())["id"])["id"]
@@ -354,24 +404,31 @@ def test_wrong_json_is_rejected(apis: list[Api], body: str):
     assert "JSON" in answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("kind", ["fine_tuning/jobs", "files"])
-def test_records_of_10_000_are_listed_with_few_requests(
-    apis: list[Api], store: S3Store, monkeypatch: pytest.MonkeyPatch, kind: str
-):
-    red, blue = apis
+def store_records(red: Api, store: S3Store, kind: str, counts: dict[str, int]) -> str:
+    """Store so many files or jobs for each project, all like a real one; return the begin of their ids."""
     file = red.upload(rows())["id"]
     records, newest = (files_of, file) if kind == "files" else (jobs_of, red.create_job(file)["id"])
     template = records(store, "red").get(newest)
     assert template
     prefix, directory = newest.partition("-")[0], kind.rpartition("/")[2]
-    for number in range(250):
-        page = [
-            template
-            | {"id": f"{prefix}-{number:07x}{place:04x}{0:013x}", "created_at": 1000 * number + place}
-            for place in range(1, 41)
-        ]
-        key = f"projects/blue/{directory}/{999_999_999 - number:09d}.json"
-        store.write(key, json.dumps(page).encode())
+    for project, count in counts.items():
+        for number in range(-(-count // 40)):
+            page = [
+                template
+                | {"id": f"{prefix}-{number:07x}{place:04x}{0:013x}", "created_at": 1000 * number + place}
+                for place in range(1, min(40, count - 40 * number) + 1)
+            ]
+            key = f"projects/{project}/{directory}/{999_999_999 - number:09d}.json"
+            store.write(key, json.dumps(page).encode())
+    return prefix
+
+
+@pytest.mark.parametrize("kind", ["fine_tuning/jobs", "files"])
+def test_records_of_10_000_are_listed_with_few_requests(
+    apis: list[Api], store: S3Store, monkeypatch: pytest.MonkeyPatch, kind: str
+):
+    red, blue = apis
+    prefix = store_records(red, store, kind, {"blue": 10_000})
     red.get(f"/v1/{kind}")  # both keys are known now
     blue.get(f"/v1/{kind}?limit=1")
     sent = count_requests(monkeypatch)
@@ -387,6 +444,28 @@ def test_records_of_10_000_are_listed_with_few_requests(
     assert listed == newest_first[:60]
     last = blue.get(f"/v1/{kind}?limit=20&after={prefix}-{0:07x}{20:04x}{0:013x}")
     assert (len(last["data"]), last["has_more"]) == (19, False)
+
+
+@pytest.mark.skipif(not os.environ.get("SERVICE_GRID"), reason="`make test-service` runs it")
+@pytest.mark.parametrize("kind", ["fine_tuning/jobs", "files"])
+def test_page_among_10_000_takes_at_most_twice_the_time_of_one_among_100(
+    tmp_path: Path, bucket_uri: str, kind: str, capsys: pytest.CaptureFixture[str]
+):
+    limits = {"requests_per_minute": 10**6}
+    service = load_service(write_service(tmp_path, bucket_uri, limits=limits))
+    with running_api(service, ["red", "few", "many"]) as (red, few, many):
+        store_records(red, S3Store(service.config.storage_path), kind, {"few": 100, "many": 10_000})
+        seconds: dict[Api, list[float]] = {few: [], many: []}
+        for _ in range(40):
+            for api, measured in seconds.items():
+                began, after = time.monotonic(), ""
+                for _ in range(3):
+                    after = f"&after={api.get(f'/v1/{kind}?limit=20{after}')['last_id']}"
+                measured.append((time.monotonic() - began) / 3)
+    of_few, of_many = (statistics.median(measured) for measured in seconds.values())
+    with capsys.disabled():
+        print(f"({kind}: ms of a page among 100 and among 10,000: {1000 * of_few:.1f}, {1000 * of_many:.1f})")
+    assert of_many <= 2 * of_few
 
 
 def count_requests(monkeypatch: pytest.MonkeyPatch) -> list[int]:

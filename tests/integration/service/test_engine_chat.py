@@ -3,13 +3,14 @@
 import asyncio
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from service.engine import Accepted, ChatRequest, Delta, Event, Failed
 from tests.support.engines import (
     BASE,
     LocalHandle,
@@ -19,6 +20,7 @@ from tests.support.engines import (
     start_engine,
     store_adapter,
 )
+from tests.support.served import OPENAI, run_client
 
 QUESTION = "Ada has 3 apples and buys 4. How many?"
 PATH = "/v1/chat/completions"
@@ -186,3 +188,58 @@ def test_eight_streams_at_once_keep_their_own_answers(client: httpx.Client):
 
     answers = [response.json() for response in asyncio.run(ask_all())]
     assert [each["choices"] for each in answers] == [each["choices"] for each in alone]
+
+
+class BreakingEngine:
+    """An engine that fails before or within an answer."""
+
+    async def chat(self, request: ChatRequest) -> AsyncGenerator[Event]:
+        if request.sampling.max_tokens != 1:
+            yield Accepted(5)
+            yield Delta(0, "Seven")
+        yield Failed(400, "the rest is missing", param="top_logprobs", code="broken")
+
+
+CLIENT = """
+import asyncio, json, sys
+import openai
+
+async def errors():
+    plain, concurrent = openai.OpenAI(base_url=sys.argv[1]), openai.AsyncOpenAI(base_url=sys.argv[1])
+    for tokens in (1, 2):
+        how = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": tokens, "stream": True}
+        text = []
+        try:
+            for chunk in plain.chat.completions.create(**how):
+                text.append(chunk.choices[0].delta.content)
+        except openai.APIError as error:
+            yield [type(error).__name__, error.message, error.body, "".join(text)]
+        text = []
+        try:
+            async for chunk in await concurrent.chat.completions.create(**how):
+                text.append(chunk.choices[0].delta.content)
+        except openai.APIError as error:
+            yield [type(error).__name__, error.message, error.body, "".join(text)]
+
+async def main():
+    print(json.dumps([each async for each in errors()]))
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(not OPENAI.is_dir(), reason="OpenAI's client is not installed: make setup-dev")
+def test_openai_client_raises_an_error_that_occurs_within_a_stream(tmp_path: Path):
+    program = tmp_path / "client.py"
+    program.write_text(CLIENT)
+    body = {
+        "message": "the rest is missing",
+        "type": "invalid_request_error",
+        "param": "top_logprobs",
+        "code": "broken",
+    }
+    with serving(chat_app(LocalHandle(BreakingEngine()))) as client:
+        received: Any = run_client(f"{client.base_url}/v1", "key", program=program)
+    before = ["BadRequestError", "Error code: 400 - the rest is missing", body, ""]
+    within = ["APIError", body["message"], body, "Seven"]
+    assert received == [before, before, within, within]

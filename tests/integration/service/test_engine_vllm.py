@@ -177,7 +177,7 @@ def test_request_that_vllm_rejects_is_400(engine: VllmEngine):
     assert (failed.status, failed.type) == (400, "invalid_request_error")
     assert "top_p" in failed.message
     # vLLM finds this mistake only after it has begun its stream.
-    _, failed = run(ask(top_logprobs=1000))
+    (failed,) = run(ask(top_logprobs=1000))
     assert (failed.status, failed.type) == (400, "invalid_request_error")
     assert "1000" in failed.message
 

@@ -3,7 +3,7 @@
 import io
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,12 +23,12 @@ from service.config import load_service
 from service.engine import engine_deployment
 from tests.support.served import free_port
 from tests.support.service import write_service
+from training.loop import ray_internals
 from training.planning.endpoints import ClusterTarget
 
-FAILED = ServeStatus(
-    applications={
-        APP_NAME: ApplicationStatusOverview(ApplicationStatus.DEPLOY_FAILED, "no such model", 0.0, {})
-    }
+FAILED, RUNNING = (
+    ServeStatus(applications={APP_NAME: ApplicationStatusOverview(status, "no such model", 0.0, {})})
+    for status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.RUNNING)
 )
 
 
@@ -45,6 +45,9 @@ def deployed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let Serve accept every application without a cluster."""
     for name in ("start", "run_many"):
         monkeypatch.setattr(serve, name, lambda *_, **__: None)
+    values: dict[str, str] = {}
+    monkeypatch.setattr(ray_internals, "set_cluster_value", values.__setitem__)
+    monkeypatch.setattr(ray_internals, "cluster_value", values.get)
 
 
 def engine_with(**resources: Any) -> dict[str, Any]:
@@ -59,12 +62,13 @@ def test_engine_reserves_memory(tmp_path: Path):
     assert (options["memory"], options["resources"]) == (16 * 2**30, {"licence": 1})
 
 
+@pytest.mark.usefixtures("deployed")
 def test_resources_that_ray_rejects_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(serve, "status", ServeStatus)
     run, _ = start(tmp_path, models=engine_with(object_store_memory=1))
     with pytest.raises(ServiceError, match="object_store_memory"):
         run._deploy()
-    assert not run._is_deployed
+    assert not run._owns_application()
 
 
 @pytest.mark.usefixtures("deployed")
@@ -87,7 +91,27 @@ def test_failed_start_removes_only_its_own_application(
     run, _ = start(tmp_path)
     with pytest.raises(ServiceError, match="no such model"):
         run._deploy()
-    assert run._is_deployed is not already_runs
+    assert run._owns_application() is not already_runs
+
+
+@pytest.mark.usefixtures("deployed")
+@pytest.mark.parametrize(
+    ("replacement", "owner"),
+    [("runs", "second"), ("fails", "first"), ("is interrupted", "first")],
+)
+def test_service_belongs_to_the_last_process_that_started_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replacement: str, owner: str
+):
+    first, second = start(tmp_path)[0], start(tmp_path)[0]
+    statuses = iter([ServeStatus(), RUNNING, RUNNING, FAILED if replacement == "fails" else RUNNING])
+    monkeypatch.setattr(serve, "status", lambda: next(statuses))
+    first._deploy()
+    if replacement == "is interrupted":
+        second._stop.set()
+    with pytest.raises(ServiceError) if replacement == "fails" else nullcontext():
+        second._deploy()
+    owners = {"first": first._owns_application(), "second": second._owns_application()}
+    assert owners == {"first": owner == "first", "second": owner == "second"}
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,23 @@ def test_error_of_vllm_keeps_its_status_and_is_the_only_event(
     assert events == [Failed(status, f"vLLM rejected the request: {message}", kind)]
 
 
-def test_error_in_the_stream_of_vllm_keeps_its_status(chat_format: ChatFormat):
+def test_mistake_that_vllm_finds_in_its_stream_is_the_only_event(chat_format: ChatFormat):
     _, events = generate(chat_format, httpx.Response(200, text=f"data: {json.dumps(REJECTED)}\n\n"))
-    assert events == [Accepted(2), Failed(400, "vLLM rejected the request: too many logprobs")]
+    assert events == [Failed(400, "vLLM rejected the request: too many logprobs", "invalid_request_error")]
+
+
+@pytest.mark.parametrize(
+    ("rest", "message"),
+    [
+        (f"data: {json.dumps(LOST)}\n\n", "vLLM rejected the request: engine died"),
+        ("data: [DONE]\n\n", "vLLM ended the answer before it was complete. Retry the request."),
+        ("", "vLLM ended the answer before it was complete. Retry the request."),
+    ],
+)
+def test_answer_that_vllm_does_not_complete_ends_with_an_error(
+    chat_format: ChatFormat, rest: str, message: str
+):
+    tokens = chat_format.tokenizer.encode("4 apples", add_special_tokens=False)
+    first = {"choices": [{"index": 0, "token_ids": tokens[:1]}]}
+    _, events = generate(chat_format, httpx.Response(200, text=f"data: {json.dumps(first)}\n\n{rest}"))
+    assert events == [Accepted(2), Delta(0, "4"), Failed(500, message, "server_error")]
