@@ -32,7 +32,7 @@ def show_evaluation(console: Console, evaluation: Evaluation) -> None:
     """Print the score, how it was computed, and the location of the answers."""
     others = evaluation.rows - (evaluation.trained_rows or 0)
     trained = (
-        "unknown: the prepared training rows were deleted, or are preference pairs"
+        "unknown: the prepared training rows were deleted, cannot be read, or are preference pairs"
         if evaluation.trained_rows is None
         else f"{evaluation.trained_rows:,} of the rows"
     )

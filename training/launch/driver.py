@@ -5,6 +5,7 @@ import os
 import shutil
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -428,8 +429,9 @@ class _Fit:
             self._trainer.fit()
         except asyncio.CancelledError:  # `end` stopped it
             return
-        except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
+        except Exception as error:  # noqa: BLE001 - any error ends the run; the main thread reports it
             if not self._is_stopped:
+                traceback.print_exc()  # for the log file
                 self.error = error
         if not self._is_stopped:
             self._mailbox.close.remote()
