@@ -442,7 +442,7 @@ def _unknown_key(document: Document, path: KeyPath, value: Any) -> str:
         return f"`{key}` is not a key: remove it, and write the system message into the rows (a message, or a column `system`)"
     if len(path) == 1 and isinstance(value, dict) and "_component_" in value:
         return f"`{key}` is a component of torchtune: remove it (`model_id` names the model; `main.py convert` translates complete files)"
-    if key in path[:-1]:
+    if key in path[:-1] and isinstance(value, dict):
         return f"`{dotted(path)}` is not a key: write its keys directly into `{dotted(path[:-1])}`"
     if len(path) == 1 and isinstance(value, dict) and any(map(_is_known, value)):
         names = ", ".join(dotted((name,)) for name in list(value)[:3])
@@ -455,12 +455,14 @@ def _unknown_key(document: Document, path: KeyPath, value: Any) -> str:
         return f"`{dotted(path)}` is not a key: write {names}, since a comma ends a value in braces"
     if path[0] == "deepspeed" and "config_path" in data["deepspeed"]:
         return f"`{dotted(path)}` is not a key: remove it; the file that `deepspeed.config_path` names has these settings"
-    if path[:-1] and (ours := _key_at_the_top(key)):
+    siblings = _keys_of(path[:-1], data)
+    near = difflib.get_close_matches(key.lower(), siblings, n=1)
+    ours = _key_at_the_top(key) if path[:-1] else None
+    if ours not in (None, path[0]) and not (near and ours == key):
         return (
             f"`{dotted(path)}` is not a key: `{ours}` belongs at the top level, not in `{dotted(path[:-1])}`"
         )
-    siblings = _keys_of(path[:-1], data)
-    if near := difflib.get_close_matches(key.lower(), siblings, n=1):
+    if near:
         return f"`{dotted(path)}` is not a key: did you mean `{dotted((*path[:-1], near[0]))}`?"
     if elsewhere:
         return f"`{dotted(path)}` is not a key: did you mean `{elsewhere[0]}.{key}`?"
