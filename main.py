@@ -7,7 +7,7 @@
     python main.py export | chat | evaluate ...     use a trained checkpoint (training/inference/commands.py)
     python main.py serve | keys ...                 run the fine-tuning service (service/commands.py)
 
-Exit codes: 0 success; 1 failed after training started; 2 rejected before training; 128+signal stopped.
+Exit codes: 0 success; 1 training failed or the cluster was lost; 2 rejected before training; 128+signal stopped.
 """
 
 import argparse

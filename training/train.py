@@ -18,7 +18,7 @@ from training.inference import commands as model_commands
 from training.launch.reachability import check_cluster_answers
 from training.models.libraries import unused_packages, withhold
 from training.planning.endpoints import (
-    AUTH_MODE_VARIABLE,
+    AUTH_VARIABLES,
     WRITTEN_VARIABLE,
     ClusterTarget,
     set_ray_environment,
@@ -65,8 +65,8 @@ class Options:
         address = None if self.job_server else self.target.address
         # In a shell without the variables, the command would start a local cluster or be denied access.
         variables = [f"{ADDRESS_VARIABLE}={address}"] if address else []
-        if address and (mode := os.environ.get(AUTH_MODE_VARIABLE)):
-            variables.append(f"{AUTH_MODE_VARIABLE}={mode}")
+        if address or self.job_server:
+            variables += [f"{name}={os.environ[name]}" for name in AUTH_VARIABLES if name in os.environ]
         return [*variables, *main_command(str(self.config), *self.overrides, *submit)]
 
 

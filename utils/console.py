@@ -94,8 +94,10 @@ def library_output_in(path: Path) -> Iterator[None]:
 
 def write_to_screen(text: str) -> None:
     """Write text to standard error from any thread, also while `library_output_in` redirects it."""
+    # On a terminal, replace the line of a progress bar, and show the cursor that it hides.
+    beginning = "\r\x1b[K\x1b[?25h" if os.isatty(_screen) else ""
     with suppress(OSError):  # a closed pipe or terminal
-        os.write(_screen, text.encode())
+        os.write(_screen, f"{beginning}{text}".encode())
 
 
 def _flush() -> None:

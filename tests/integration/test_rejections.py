@@ -971,6 +971,7 @@ def test_disk_too_small_for_the_model_raises_an_error_with_output_dir(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_disk_too_small_for_the_tokens_raises_an_error_with_output_dir(tiny_model: Path, tmp_path: Path):
     write_data(tmp_path, train_rows=1500)
     config = config_file(tmp_path, tiny_model, output_dir=str(tmp_path / "small"))

@@ -219,7 +219,7 @@ def test_command_of_another_tool_gets_the_line_that_works(
         ("head:6379", "token", None, "RAY_ADDRESS=head:6379 RAY_AUTH_MODE=token "),
         ("local", "token", None, ""),
         (None, None, None, ""),
-        ("head:6379", "token", "http://head:8265", ""),
+        ("head:6379", "token", "http://head:8265", "RAY_AUTH_MODE=token "),
     ],
 )
 def test_command_that_resumes_a_run_names_its_cluster(

@@ -9,7 +9,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -46,7 +46,7 @@ from training.data.summary import (
 )
 from training.data.token_files import read_row
 from utils.files import checksum, file_lock, write_atomically
-from utils.storage.bucket import is_remote, join_uri, open_store
+from utils.storage.bucket import BucketError, is_remote, join_uri, open_store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -144,7 +144,8 @@ class _Preparation:
             try:
                 self._finish(self._in_shards(shards, worker, run, staging), staging)
             except BaseException:  # a signal and a lost cluster, too
-                store.delete([item.key for item in store.list()])  # no summary names them
+                with suppress(BucketError):  # no summary names these files, so they may stay
+                    store.delete([item.key for item in store.list()])
                 raise
             ours = (INDEX_FILE, SKIPPED_FILE)
             store.upload_many({name: staging / name for name in ours})

@@ -9,6 +9,7 @@ from utils.command_line import ADDRESS_VARIABLE
 from utils.errors import AnnealError
 
 AUTH_MODE_VARIABLE = "RAY_AUTH_MODE"
+AUTH_VARIABLES = (AUTH_MODE_VARIABLE, "RAY_AUTH_TOKEN_PATH")
 WRITTEN_VARIABLE = "ANNEAL_YAML_AS_WRITTEN"
 """The variable of a submitted job with the path of the YAML as the user wrote it."""
 

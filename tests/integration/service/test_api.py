@@ -423,7 +423,7 @@ def store_records(red: Api, store: S3Store, kind: str, counts: dict[str, int]) -
     return prefix
 
 
-@pytest.mark.parametrize("kind", ["fine_tuning/jobs", "files"])
+@pytest.mark.parametrize("kind", ["fine_tuning/jobs", pytest.param("files", marks=pytest.mark.slow)])
 def test_records_of_10_000_are_listed_with_few_requests(
     apis: list[Api], store: S3Store, monkeypatch: pytest.MonkeyPatch, kind: str
 ):

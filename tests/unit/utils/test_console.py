@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from utils.console import Output, _on_copy_of
+from utils import console
+from utils.console import Output, _on_copy_of, write_to_screen
 
 
 def open_pipe() -> tuple[int, Output]:
@@ -34,3 +35,17 @@ def test_printing_to_a_closed_pipe_is_ignored():
         output.write("a line\n")
     output.file.close()
     assert output.file.closed
+
+
+def test_text_of_a_thread_replaces_a_progress_bar(monkeypatch: pytest.MonkeyPatch):
+    """Rich hides the cursor while it shows a bar, and a process that exits at once does not show it again."""
+    ours, screen = os.openpty()
+    monkeypatch.setattr(console, "_screen", screen)
+    write_to_screen("error: lost\n")
+    assert os.read(ours, 100) == b"\r\x1b[K\x1b[?25herror: lost\r\n"
+    reading, writing = os.pipe()
+    monkeypatch.setattr(console, "_screen", writing)
+    write_to_screen("error: lost\n")
+    assert os.read(reading, 100) == b"error: lost\n"
+    for descriptor in (ours, screen, reading, writing):
+        os.close(descriptor)

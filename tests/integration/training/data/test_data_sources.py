@@ -299,9 +299,8 @@ TABLE = [
 """Cells that pandas turns into datetimes, numbers and missing values."""
 
 
-@pytest.mark.parametrize(
-    ("name", "separator"), [pytest.param("train.tsv", "\t", marks=pytest.mark.slow), ("train.csv", ",")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "separator"), [("train.tsv", "\t"), ("train.csv", ",")])
 def test_tables_on_the_hub_keep_the_texts_of_their_cells(
     name: str, separator: str, tokenizer: PreTrainedTokenizerFast, tiny_model: Path, tmp_path: Path
 ):

@@ -74,6 +74,7 @@ def test_missing_credentials_raise_an_error_with_the_variable(
     assert_names(message, "no credentials", "AWS_ACCESS_KEY_ID")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
 def test_unreachable_endpoint_raises_an_error_with_its_address(run_command: RunCommand, command: list[str]):
     port, variables = unreachable_endpoint()

@@ -89,7 +89,7 @@ def is_complete(files: dict[str, bytes]) -> bool:
     return files == {"large": LARGE, "small-0": b"a" * 1000, "small-1": b"b" * 1000}
 
 
-@pytest.mark.parametrize("status", [500, 503])
+@pytest.mark.parametrize("status", [500, pytest.param(503, marks=pytest.mark.slow)])
 def test_errors_on_half_of_all_requests_are_retried(
     uri: str, start_proxy: StartProxy, tmp_path: Path, status: int
 ):

@@ -137,6 +137,9 @@ def test_conditional_write_to_an_existing_key_raises_an_error(store_uri: str):
     assert store.read("manifest") == b"first"
 
 
+@pytest.mark.parametrize(
+    "store_uri", ["s3", "local", "memory", pytest.param("s3fs", marks=pytest.mark.slow)], indirect=True
+)
 def test_uploaded_directory_is_synced_back_unchanged(store_uri: str, tmp_path: Path):
     source = tmp_path / "source"
     (source / "deep").mkdir(parents=True)
