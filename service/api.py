@@ -21,7 +21,7 @@ from service.files import Files
 from service.jobs import Jobs
 from service.keys import Keyring
 from service.metrics import CONTENT_TYPE, Metrics
-from service.middleware import Gate, RequestRates, answer_error
+from service.middleware import AuthMiddleware, RequestRates, answer_error
 from service.models import Models, ServedModel
 from service.progress import Progress
 from service.routes import caller_of, file_router, job_router, model_router
@@ -71,7 +71,7 @@ def create_app(service: LoadedService, handles: Mapping[str, Any]) -> ASGIApp:
         return Response(metrics.text(), media_type=CONTENT_TYPE)
 
     # A request waits for its key before anything else: an error is better than a wait of minutes.
-    return Gate(app, Keyring(checks), RequestRates(limits.requests_per_minute), metrics)
+    return AuthMiddleware(app, Keyring(checks), RequestRates(limits.requests_per_minute), metrics)
 
 
 def _add_error_handlers(app: FastAPI) -> None:

@@ -59,7 +59,7 @@ class RequestRates:
         times.append(now)
 
 
-class Gate:
+class AuthMiddleware:
     """ASGI middleware that answers requests without a valid key, and logs and counts all of them."""
 
     def __init__(self, app: ASGIApp, keyring: Keyring, rates: RequestRates, metrics: Metrics):

@@ -88,7 +88,7 @@ FailureKind = Literal["out of memory", "worker lost", "error"]
 
 @dataclass(frozen=True)
 class FailureCause:
-    """The reason why one worker failed, as classified by `training.launch.failures.causes_of`."""
+    """The reason why one worker failed, as classified by `training.launch.failures.classify_failures`."""
 
     kind: FailureKind
     line: str

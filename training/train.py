@@ -16,7 +16,7 @@ from configs.loading import LoadedConfig, default_keys, load_config, to_marked_y
 from configs.schema import FinetuneConfig
 from training.inference import commands as model_commands
 from training.launch.reachability import check_cluster_answers
-from training.models.libraries import unused_packages, withhold
+from training.models.libraries import block_imports, unused_packages
 from training.planning.endpoints import (
     AUTH_VARIABLES,
     WRITTEN_VARIABLE,
@@ -135,7 +135,7 @@ def plan_and_train(loaded: LoadedConfig, options: Options, screen: Screen, began
     """Plan the run, train it unless this is a dry run, and print the result; return the exit code."""
     target = options.target
     set_ray_environment(target)
-    withhold(unused_packages(loaded.config))
+    block_imports(unused_packages(loaded.config))
     with importing():
         from training.launch.display import Watch, show_completed, show_error, show_plan, show_result
         from training.planning.paths import make_scratch_directory, scratch_errors

@@ -37,7 +37,7 @@ class World:
             context.get_node_rank(),
         )
 
-    def with_patient_group(self) -> "World":
+    def with_long_timeout(self) -> "World":
         """Return a copy with its own gloo group, which has a timeout of hours. Every rank must call this."""
         if self.world_size == 1:
             return self

@@ -192,7 +192,7 @@ def patch_unsloth() -> None:
 
 
 def train(provider: str, plan_file: Path, directory: Path, restored: Path | None = None) -> dict[str, Any]:
-    """Train as a worker does, with a rehearsal of the largest batch after the first step, and return what the tests compare."""
+    """Train as a worker does, with a run of the largest batch after the first step, and return what the tests compare."""
     from training.loop.worker import model_request, peak_flops, prepare_process
     from training.models.attention import choose_attention, read_traits
     from training.models.kernels import KernelChoice
@@ -246,7 +246,7 @@ def train(provider: str, plan_file: Path, directory: Path, restored: Path | None
         throughput=throughput,
         on_eval_progress=lambda _: None,
     )
-    trainer.add_callback(AfterFirstStep(trainer.rehearse))
+    trainer.add_callback(AfterFirstStep(trainer.run_largest_batch))
     decoder = model.get_base_model() if request.is_lora else model
     has_kv_cache = set()
     decoder.register_forward_hook(

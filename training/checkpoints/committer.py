@@ -84,7 +84,7 @@ class CheckpointCommitter:
         """
         self._context = context
         self._store = context.store
-        self._world = context.world.with_patient_group()
+        self._world = context.world.with_long_timeout()
         self._committed = committed
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self._running: Future[None] | None = None

@@ -211,7 +211,7 @@ def reshard(checkpoint: Path, uri: str, manifest: Manifest, engine: Any, world: 
         CheckpointError: A shard is missing, damaged or not that of the model; on every worker if it is so on any.
         pickle.UnpicklingError: See `Shards`.
     """
-    world = world.with_patient_group()
+    world = world.with_long_timeout()
     own = engine.optimizer.state_dict()
     is_partitioned = manifest.zero_stage == 3
     if is_partitioned:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from runs.layout import MANIFEST_FILE
 from training.checkpoints.store import not_as_committed, read_manifest
-from training.models.files import fetch_hub_model, is_hub_id, without_strays
+from training.models.files import fetch_hub_model, is_hub_id, only_indexed_weights
 from utils.files import checksum, safe_join
 from utils.storage.bucket import DamagedError, is_remote, open_store, sync_to_node
 
@@ -50,7 +50,7 @@ def fetch_weights(uri: str, cache: Path, wanted: Callable[[str], bool]) -> Path:
     """
     checksums = _committed_checksums(uri)
     try:
-        return sync_to_node(uri, cache / "models", without_strays(uri, wanted), checksums)
+        return sync_to_node(uri, cache / "models", only_indexed_weights(uri, wanted), checksums)
     except DamagedError as error:
         if error.key not in checksums:
             raise

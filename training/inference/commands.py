@@ -140,7 +140,7 @@ def chat_command(run: str, base: str | None, prompt: str | None, max_new_tokens:
     from training.inference.chat import Conversation, import_libraries
     from training.inference.checkpoint_model import trained_model
     from training.launch.display import Watch
-    from training.models.libraries import unused_packages, withhold
+    from training.models.libraries import block_imports, unused_packages
 
     run_uri(run)  # as for export, and before a prompt is read
     output, errors = open_consoles()
@@ -155,7 +155,7 @@ def chat_command(run: str, base: str | None, prompt: str | None, max_new_tokens:
         with trained_model(run, base=base) as trained, _library_output_to_log(trained):
             with Watch(errors) as watch:
                 watch.phase(f"loading {trained.checkpoint}")
-                withhold(unused_packages(trained.config))
+                block_imports(unused_packages(trained.config))
                 imported.result()
                 conversation = Conversation(trained)
             if prompt is not None:

@@ -35,7 +35,7 @@ from training.data.token_files import digest_of
 from training.events import WorkersFailedError
 from training.inference.checkpoint_model import TrainedModel
 from training.launch.cluster import Workers, cluster, lacking, resources_of_device, vitals
-from training.launch.failures import causes_of, classify
+from training.launch.failures import classify_failures, describe_failure
 from training.models.kernels import Device
 from training.models.tokenizer import describe_template
 from training.planning.endpoints import ClusterTarget
@@ -436,7 +436,7 @@ def _answer(
                 progress("generating", len(answers) / len(questions))
         except ray.exceptions.RayError as error:
             vitals().diagnose()
-            raise WorkersFailedError(classify(causes_of(error), [])) from error
+            raise WorkersFailedError(describe_failure(classify_failures(error), [])) from error
     return [answers[row] for row in range(len(questions))]
 
 

@@ -53,7 +53,7 @@ from training.events import (
 )
 from training.launch.cluster import Workers, cluster, lacking, vitals, workers_of
 from training.launch.elastic import GroupSizes, WorkerGroupReporter
-from training.launch.failures import causes_of, classify, describe_lost_cluster
+from training.launch.failures import classify_failures, describe_failure, describe_lost_cluster
 from training.launch.results import Attempt, write_result
 from training.launch.trainer import LeanTorchTrainer
 from training.launch.vitals import ClusterLostError
@@ -187,7 +187,7 @@ def _train(
         fit.abandon()
         reason = vitals().diagnose() or describe_lost_cluster(error, savings)
         lost = f"{reason} The same command resumes from {state.latest_checkpoint}."
-    failed = classify(causes_of(fit.error), savings) if fit.error else None
+    failed = describe_failure(classify_failures(fit.error), savings) if fit.error else None
     failure = state.rejection or lost or failed
     if plan.resolved.target.is_local and not failure:
         shutil.rmtree(trainer.state_directory, ignore_errors=True)
@@ -309,7 +309,7 @@ class RunState:
         if (
             isinstance(event, WorkersFailed) and self.rejection is None
         ):  # after a rejection, workers restart only to exit
-            reason = classify(event.causes, self.savings)
+            reason = describe_failure(event.causes, self.savings)
             self.restarts.append(reason)
             self.display(
                 Notice(f"{reason.rstrip('.')}. Restarting the workers from {self.latest_checkpoint}.")

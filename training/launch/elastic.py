@@ -12,7 +12,7 @@ import ray
 from ray.train import ScalingConfig
 
 from training.events import WorkersFailed, WorkersStarted, WorkersWaiting
-from training.launch.failures import causes_of
+from training.launch.failures import classify_failures
 from training.loop.ray_internals import (
     ControllerCallback,
     ElasticPolicy,
@@ -96,7 +96,7 @@ class WorkerGroupReporter(ControllerCallback):
     ) -> None:
         """Emit an event for each state change; Ray calls this repeatedly, even if the state is unchanged."""
         if isinstance(current_state, RestartingState) and not isinstance(previous_state, RestartingState):
-            self._mailbox.put.remote(WorkersFailed(causes_of(current_state.training_failed_error)))
+            self._mailbox.put.remote(WorkersFailed(classify_failures(current_state.training_failed_error)))
         match current_state:
             case (
                 InitializingState()

@@ -32,7 +32,7 @@ _LOST_PEER = re.compile(
 )
 
 
-def causes_of(error: BaseException) -> tuple[FailureCause, ...]:
+def classify_failures(error: BaseException) -> tuple[FailureCause, ...]:
     """Classify the exceptions of a failed attempt.
 
     Args:
@@ -45,7 +45,7 @@ def causes_of(error: BaseException) -> tuple[FailureCause, ...]:
     return tuple(_cause_of(failure) for failure in failures)
 
 
-def classify(causes: Sequence[FailureCause], savings: Sequence[Saving]) -> str:
+def describe_failure(causes: Sequence[FailureCause], savings: Sequence[Saving]) -> str:
     """Describe in one line why workers failed.
 
     A failed worker makes the others fail as well, so the most specific cause is reported: out of memory, then a lost
@@ -67,9 +67,9 @@ def classify(causes: Sequence[FailureCause], savings: Sequence[Saving]) -> str:
 
 def describe_lost_cluster(error: Exception, savings: Sequence[Saving]) -> str:
     """Describe in one sentence why the driver lost its cluster; short of memory, Ray may kill a run's own actors."""
-    causes = causes_of(error)
+    causes = classify_failures(error)
     if causes[0].kind == "out of memory":
-        return classify(causes, savings)
+        return describe_failure(causes, savings)
     return f"the cluster was lost ({first_line(error)})."
 
 

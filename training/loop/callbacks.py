@@ -176,7 +176,7 @@ class LossWatchdog(TrainerCallback):
         )
 
 
-class Diverging(TrainerCallback):
+class NonFiniteLossCheck(TrainerCallback):
     """A callback that fails the run on every rank, before it saves, on a NaN or infinite loss or gradient.
 
     Args:
@@ -277,7 +277,7 @@ class Recording(TrainerCallback):
 class UnchangedWeights(TrainerCallback):
     """A callback that fails the run once a file that weights are mapped from has changed, before the step is logged or committed.
 
-    It must be called before `Diverging`, which would blame the rows and the learning rate for the loss of changed weights.
+    It must be called before `NonFiniteLossCheck`, which would blame the rows and the learning rate for the loss of changed weights.
 
     Args:
         files: The weight files.

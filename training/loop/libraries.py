@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from training.models.libraries import set_environment, withhold
+from training.models.libraries import block_imports, set_environment
 from utils.processes import importing
 
 
@@ -14,7 +14,7 @@ def import_libraries(withheld: Sequence[str], deterministic: bool) -> None:
         deterministic: The YAML's key.
     """
     set_environment(deterministic=deterministic)
-    withhold(withheld)
+    block_imports(withheld)
     with importing():
         import training.loop.callbacks
         import training.loop.trainer_factory

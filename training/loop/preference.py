@@ -194,10 +194,10 @@ class PreferenceTrainer(FineTuningTrainer):
             self._trained = self._no_sums()
         super().log(logs, start_time)
 
-    def rehearse(self) -> None:
+    def run_largest_batch(self) -> None:
         """Run the largest batch as in FineTuningTrainer, and leave the reward figures unchanged."""
         trained = self._trained.clone()
-        super().rehearse()
+        super().run_largest_batch()
         self._trained = trained
 
     def evaluated(self, sequences: Any) -> dict[str, float]:

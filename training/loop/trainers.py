@@ -249,7 +249,7 @@ class FineTuningTrainer(SFTTrainer):
             self.clock.enter("optimizer")
         return loss
 
-    def rehearse(self) -> None:
+    def run_largest_batch(self) -> None:
         """Run forward and backward of the largest possible batch, so that out-of-memory errors occur before training.
 
         The call restores random states, drops the gradients without an all-reduce, and leaves loss and metrics unchanged.

@@ -35,7 +35,7 @@ from training.loop.saved_checkpoint import committed_event, describe_saved
 from training.models import build_model
 from training.models.files import check_weight_files, is_hub_id, is_model_file
 from training.models.kernels import COLLECTIVE_BACKENDS, is_installed
-from training.models.libraries import set_environment, unused_packages, withhold
+from training.models.libraries import block_imports, set_environment, unused_packages
 from training.models.new_tokens import add_tokens
 from training.models.request import ModelRequest
 from training.models.tokenizer import load_tokenizer
@@ -170,7 +170,7 @@ def prepare_process(plan: RunPlan, world: World) -> None:
     set_environment(deterministic=plan.config.deterministic)
     os.environ["UNSLOTH_COMPILE_LOCATION"] = str(_run_scratch(plan, world) / f"unsloth-{world.rank}")
     if plan.resolved.kernels.provider != "unsloth":  # it imports them itself
-        withhold(unused_packages(plan.config))
+        block_imports(unused_packages(plan.config))
     if is_installed("wandb"):
         _import_wandb(_run_scratch(plan, world) / f"wandb-{world.rank}")
     if plan.resolved.kernels.provider == "unsloth":
@@ -311,7 +311,7 @@ def _prepare_inputs(plan: RunPlan, lease: Lease, world: World, driver: Driver) -
         (scratch / "trainer").mkdir(parents=True)
     store = open_store(plan.run_uri)
     # Every rank waits for the slowest node's download, which may exceed NCCL's timeout of 30 minutes.
-    patient = world.with_patient_group()
+    patient = world.with_long_timeout()
     restoring = Restoring(store, lease, plan.restore_from, scratch / "trainer" / "restored", patient)
 
     model = begin_fetch(plan.base_model, plan.cache, is_model_file, plan.base_revision)
@@ -431,10 +431,10 @@ def _callbacks(
     from training.loop.callbacks import (
         AfterFirstStep,
         Committing,
-        Diverging,
         EarlyStopping,
         Gauges,
         LossWatchdog,
+        NonFiniteLossCheck,
         Preempted,
         ProgressReporter,
         Recording,
@@ -460,7 +460,7 @@ def _callbacks(
     if world.rank == 0:
         callbacks += [Gauges(plan.run_name), *_tracking(plan, inputs, driver)]
     callbacks.append(
-        Diverging(
+        NonFiniteLossCheck(
             lambda step: inputs.train.places(built.order.rows_of_step(step)), committer.latest_checkpoint
         )
     )
@@ -513,7 +513,7 @@ def _run(
         exclude_frozen_weights_from_sync(built.model)
     if plan.device == "cuda" and plan.deepspeed is None:
         # The optimizer states exist after the first step, so a GPU too small for the largest batch fails within a minute.
-        trainer.add_callback(AfterFirstStep(trainer.rehearse))
+        trainer.add_callback(AfterFirstStep(trainer.run_largest_batch))
     if plan.config.eval_samples is not None:
         trainer.add_callback(_sampling(plan, inputs, built, world, driver, committer, trainer.accelerator))
     if world.rank == 0:

@@ -130,7 +130,7 @@ def is_tokenizer_file(key: str) -> bool:
     return is_model_file(key) and not key.endswith((".safetensors", ".safetensors.index.json"))
 
 
-def without_strays(source: str, wanted: Callable[[str], bool]) -> Callable[[str], bool]:
+def only_indexed_weights(source: str, wanted: Callable[[str], bool]) -> Callable[[str], bool]:
     """Return `wanted` without the weight files that the index of a model does not list, such as Mistral's consolidated ones.
 
     Args:
@@ -465,7 +465,7 @@ def fetch_hub_model(model_id: str, wanted: Callable[[str], bool], revision: str 
         names = [sibling.rfilename for sibling in info.siblings or []]
         if _INDEX in names:
             index = Path(huggingface_hub.hf_hub_download(model_id, _INDEX, revision=revision))
-            wanted = without_strays(str(index.parent), wanted)
+            wanted = only_indexed_weights(str(index.parent), wanted)
         patterns = [name for name in names if wanted(name)]
         directory = huggingface_hub.snapshot_download(model_id, revision=revision, allow_patterns=patterns)
     return Path(directory)

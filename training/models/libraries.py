@@ -26,7 +26,7 @@ def unused_packages(config: FinetuneConfig) -> list[str]:
     return [package for package, used in is_used.items() if not used]
 
 
-def withhold(packages: Iterable[str]) -> None:
+def block_imports(packages: Iterable[str]) -> None:
     """Let packages count as not installed in this process, unless they are already imported.
 
     For a name whose entry in sys.modules is None, Python raises ModuleNotFoundError on import, and importlib.util.find_spec

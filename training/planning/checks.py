@@ -27,8 +27,8 @@ from training.models.files import (
     is_hub_id,
     is_model_file,
     is_named,
+    only_indexed_weights,
     targeted_modules,
-    without_strays,
 )
 from training.models.kernels import is_installed
 from training.models.new_tokens import embedding_tensor, rows_needed, vocabulary_rows
@@ -69,7 +69,9 @@ def check_disk(base_model: str, facts: ModelFacts, scratch: Path) -> None:
     if is_hub_id(base_model) or not is_remote(base_model):
         return  # the Hub cache checks its own disk
     missing, free = (
-        missing_bytes(base_model, scratch / "cache" / "models", without_strays(base_model, is_model_file)),
+        missing_bytes(
+            base_model, scratch / "cache" / "models", only_indexed_weights(base_model, is_model_file)
+        ),
         free_bytes(scratch),
     )
     if missing > free:

@@ -20,7 +20,7 @@ def _exchange(rank: int, directory: Path) -> None:
     # A worker on CPU can see the GPUs of its node; torch's CPU build raises an error as soon as one is used.
     torch.cuda.is_available = lambda: True
     world = World(rank=rank, local_rank=rank, world_size=WORLD_SIZE, local_world_size=WORLD_SIZE, node_rank=0)
-    patient = world.with_patient_group()
+    patient = world.with_long_timeout()
     received = {
         # Each rank passes a different flag; only rank 0's may be returned.
         "true": world.broadcast(rank == 0),

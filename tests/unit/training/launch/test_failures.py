@@ -8,7 +8,7 @@ import ray.train
 import torch
 
 from tests.support.messages import assert_names
-from training.launch.failures import causes_of, classify, describe_lost_cluster
+from training.launch.failures import classify_failures, describe_failure, describe_lost_cluster
 from training.launch.results import ending_of
 from training.loop.ray_internals import WorkerHealthCheckFailedError
 from training.planning.memory import Saving
@@ -20,7 +20,7 @@ def worker_group_error(cause: Exception) -> ray.train.WorkerGroupError:
 
 
 def reason_of(cause: Exception) -> str:
-    return classify(causes_of(worker_group_error(cause)), [])
+    return describe_failure(classify_failures(worker_group_error(cause)), [])
 
 
 def test_reason_of_a_stopped_run_includes_the_signal_and_the_failure():
@@ -83,7 +83,7 @@ def test_other_worker_error_is_reported_unchanged():
 def test_out_of_memory_reason_lists_memory_savings():
     message = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 22.07 GiB.\nSee documentation."
     savings = [Saving("gradient_checkpointing: true", 5 * 2**30), Saving("optim: adamw_8bit", 3 * 2**29)]
-    reason = classify(causes_of(worker_group_error(torch.OutOfMemoryError(message))), savings)
+    reason = describe_failure(classify_failures(worker_group_error(torch.OutOfMemoryError(message))), savings)
     assert reason.startswith(f"out of memory: {message.splitlines()[0]}")
     assert "See documentation" not in reason
     assert_names(reason, "`gradient_checkpointing: true` (5.0 GiB", "`optim: adamw_8bit` (1.5 GiB")
@@ -106,7 +106,7 @@ def test_lost_worker_takes_precedence_over_errors_of_other_workers():
     """When one worker is lost, the collectives of the others fail."""
     failures = {0: RuntimeError("Connection closed by peer"), 1: ray.exceptions.ActorDiedError()}
     error = ray.train.WorkerGroupError("Training failed due to worker errors", failures)
-    assert classify(causes_of(error), []).startswith("worker lost: ")
+    assert describe_failure(classify_failures(error), []).startswith("worker lost: ")
 
 
 @pytest.mark.parametrize("lost_rank", [0, 1])
@@ -117,7 +117,7 @@ def test_out_of_memory_takes_precedence_over_a_lost_worker(lost_rank: int):
         1 - lost_rank: torch.OutOfMemoryError("CUDA out of memory."),
     }
     error = ray.train.WorkerGroupError("Training failed due to worker errors", dict(sorted(failures.items())))
-    assert classify(causes_of(error), []) == "out of memory: CUDA out of memory."
+    assert describe_failure(classify_failures(error), []) == "out of memory: CUDA out of memory."
 
 
 def test_worker_that_fails_its_health_check_is_lost():
@@ -144,7 +144,7 @@ def test_memory_error_of_python_is_out_of_memory():
 
 def test_controller_error_is_classified_by_the_error_that_it_wraps():
     error = ray.train.ControllerError(ray.exceptions.NodeDiedError("node 7 is gone"))
-    assert classify(causes_of(error), []) == "worker lost: node 7 is gone"
+    assert describe_failure(classify_failures(error), []) == "worker lost: node 7 is gone"
 
 
 @pytest.mark.parametrize(
@@ -157,13 +157,13 @@ def test_controller_error_is_classified_by_the_error_that_it_wraps():
 def test_error_of_an_evaluation_is_classified_by_its_cause(cause: Exception, reason: str):
     """Ray raises an actor method's error as a subclass of RayTaskError and of the cause's type."""
     error = ray.exceptions.RayTaskError("answer", f"Traceback\n{cause!r}", cause, "title", 1, "127.0.0.1")
-    assert classify(causes_of(error.as_instanceof_cause()), []) == reason
+    assert describe_failure(classify_failures(error.as_instanceof_cause()), []) == reason
 
 
 def test_collective_whose_peer_is_lost_is_a_lost_worker():
     error = RuntimeError(
         "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:5855. Check the logs."
     )
-    (cause,) = causes_of(error)
+    (cause,) = classify_failures(error)
     assert cause.kind == "worker lost"
     assert "node" in cause.line

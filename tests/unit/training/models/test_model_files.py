@@ -29,10 +29,10 @@ from training.models.files import (
     is_hub_id,
     is_model_file,
     is_tokenizer_file,
+    only_indexed_weights,
     read_adapter_facts,
     read_hub_facts,
     read_model_facts,
-    without_strays,
 )
 from training.models.torch_provider import load_weights, peft_config
 from utils.storage.bucket import open_store, upload_directory
@@ -83,7 +83,7 @@ def test_sharded_model_has_the_same_shapes_and_needs_every_shard(tiny_model: Pat
     assert read_model_facts(str(model)).parameter_shapes == read_model_facts(str(tiny_model)).parameter_shapes
     (model / "consolidated.safetensors").write_bytes(b"stray")
     assert read_model_facts(str(model)).parameter_shapes == read_model_facts(str(tiny_model)).parameter_shapes
-    wanted = without_strays(str(model), is_model_file)
+    wanted = only_indexed_weights(str(model), is_model_file)
     assert not wanted("consolidated.safetensors")
     assert all(map(wanted, ("config.json", *(path.name for path in model.glob("model-*.safetensors")))))
     shutil.copy(tiny_model / "model.safetensors", model)
@@ -221,7 +221,7 @@ def test_an_index_that_transformers_cannot_read_raises_an_error_with_the_key(
     with pytest.raises(ModelError, match=where + fault):
         read_model_facts(str(model))
     with pytest.raises(ModelError, match=where + fault):
-        without_strays(str(model), is_model_file)
+        only_indexed_weights(str(model), is_model_file)
     (model / "model.safetensors.index.json").write_text(json.dumps(METADATA | LISTED))
     assert read_model_facts(str(model)).tensors[HEAD].file == "weights.safetensors"
 

@@ -1,4 +1,4 @@
-"""The rehearsal of the largest batch after the first step, which must not change the run."""
+"""A run of the largest batch after the first step, which must not change the run."""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def rows_of(task: str, pad: int) -> TrainingRows:
 class TrainedRun:
     """A completed training run: its weights, optimizer states, log and batch widths."""
 
-    def __init__(self, task: str, with_adapter: bool, model: Path, directory: Path, with_rehearsal: bool):
+    def __init__(self, task: str, with_adapter: bool, model: Path, directory: Path, with_largest_batch: bool):
         tokenizer = AutoTokenizer.from_pretrained(model)
         rows = rows_of(task, tokenizer.pad_token_id)
         base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attention_dropout=0.1)
@@ -66,8 +66,8 @@ class TrainedRun:
         base.register_forward_pre_hook(
             lambda _, __, inputs: self.widths.append(inputs["input_ids"].shape[1]), with_kwargs=True
         )
-        if with_rehearsal:
-            trainer.add_callback(AfterFirstStep(trainer.rehearse))
+        if with_largest_batch:
+            trainer.add_callback(AfterFirstStep(trainer.run_largest_batch))
         trainer.train()
         self.weights = {name: parameter.detach() for name, parameter in base.named_parameters()}
         assert trainer.optimizer is not None
@@ -87,21 +87,21 @@ class TrainedRun:
         pytest.param("preference_tuning", True, marks=pytest.mark.slow),
     ],
 )
-def test_rehearsal_does_not_change_weights_optimizer_states_or_log(
+def test_run_of_the_largest_batch_does_not_change_weights_optimizer_states_or_log(
     task: str, with_adapter: bool, tiny_model: Path, tmp_path: Path
 ):
-    plain = TrainedRun(task, with_adapter, tiny_model, tmp_path / "plain", with_rehearsal=False)
-    rehearsed = TrainedRun(task, with_adapter, tiny_model, tmp_path / "rehearsed", with_rehearsal=True)
+    plain = TrainedRun(task, with_adapter, tiny_model, tmp_path / "plain", with_largest_batch=False)
+    checked = TrainedRun(task, with_adapter, tiny_model, tmp_path / "checked", with_largest_batch=True)
 
     assert len(plain.log) == STEPS
-    assert rehearsed.log == plain.log
-    assert all(torch.equal(rehearsed.weights[name], value) for name, value in plain.weights.items())
-    assert all(map(torch.equal, rehearsed.moments, plain.moments))
+    assert checked.log == plain.log
+    assert all(torch.equal(checked.weights[name], value) for name, value in plain.weights.items())
+    assert all(map(torch.equal, checked.moments, plain.moments))
 
-    # The rehearsed batch follows the two batches of the first step and is as wide as any batch can be.
+    # The largest batch follows the two batches of the first step and is as wide as any batch can be.
     # A batch takes one forward pass through the model, or two with a reference model.
     forwards = len(plain.widths) // (2 * STEPS)
     start = 2 * forwards
     widest = 80 if task == "preference_tuning" else 40
-    assert rehearsed.widths[start : start + forwards] == [widest] * forwards
-    assert rehearsed.widths[:start] + rehearsed.widths[start + forwards :] == plain.widths
+    assert checked.widths[start : start + forwards] == [widest] * forwards
+    assert checked.widths[:start] + checked.widths[start + forwards :] == plain.widths
