@@ -1,14 +1,15 @@
 """POST /v1/chat/completions: requests and answers in OpenAI's format, complete or as server-sent events."""
 
+import asyncio
 import json
 import logging
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
@@ -23,6 +24,8 @@ from training.data.chats import read_question
 from training.data.errors import RowError
 from training.data.records import REASONING_KEYS, Chat
 from training.data.tools import read_tools
+
+T = TypeVar("T")
 
 MAX_BODY_BYTES = 16_000_000
 
@@ -131,7 +134,7 @@ def chat_router(resolve: Callable[[str, Request], ServedModel], handles: Mapping
         model = asked.model
         events = _events(handles[model.base], asked)
         try:
-            first = await anext(events)
+            first = await _unless_disconnected(anext(events), request)
         except BaseException:
             await events.aclose()
             raise
@@ -140,14 +143,14 @@ def chat_router(resolve: Callable[[str, Request], ServedModel], handles: Mapping
             raise first.error()
         assert isinstance(first, Accepted)
         answer = _Completion(model.id, first.prompt_tokens)
-        events = _until_disconnected(events, request)
         if body.stream:
+            events = _until_disconnected(events, request)
             chunks = _stream(events, answer, asked, body.stream_options.include_usage)
             return StreamingResponse(
                 chunks, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
             )
         async with aclosing(events):
-            return JSONResponse(await _collect(events, answer, asked))
+            return JSONResponse(await _unless_disconnected(_collect(events, answer, asked), request))
 
     return router
 
@@ -302,6 +305,31 @@ async def _events(handle: Any, request: ChatRequest) -> AsyncGenerator[Event]:
     finally:
         if not is_complete:
             response.cancel()
+
+
+async def _unless_disconnected(answer: Awaitable[T], request: Request) -> T:
+    """Return the result of an awaitable; cancel it and raise an ApiError if the client disconnects first.
+
+    Args:
+        answer: The awaitable, which may wait for an engine that sends nothing.
+        request: The request, whose body has been read.
+    """
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    answering, watching = asyncio.ensure_future(answer), asyncio.create_task(watch())
+    try:
+        await asyncio.wait((answering, watching), return_when=asyncio.FIRST_COMPLETED)
+        if answering.done():
+            return answering.result()
+        watching.result()  # raises what `receive` raised
+        raise ApiError(status=499, message="The client closed the connection.")
+    finally:
+        answering.cancel()
+        watching.cancel()
+        await asyncio.wait((answering, watching))  # an iterator that is still running cannot be closed
 
 
 async def _until_disconnected(events: AsyncGenerator[Event], request: Request) -> AsyncGenerator[Event]:

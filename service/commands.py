@@ -297,7 +297,8 @@ class _Run:
             raise ServiceError(
                 f"Serve cannot start the service at host: {config.host}, port: {config.port}: {_last_line(str(error))}"
             ) from error
-        # A service that already ran, and its jobs, must survive an update that fails or is interrupted.
+        # A service that already ran, and its jobs, must survive an update that fails or is interrupted. A process that
+        # replaces nothing owns from here on only: another may replace it before it is running.
         if not replaces:
             self._own_application()
         while not self._stop.wait(_POLL_SECONDS):
@@ -311,7 +312,8 @@ class _Run:
             if found.status == ApplicationStatus.RUNNING:
                 if not is_local:
                     self._wait_for_answer()
-                self._own_application()
+                if replaces and not self._stop.is_set():
+                    self._own_application()
                 return
 
     def _own_application(self) -> None:

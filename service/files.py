@@ -73,6 +73,7 @@ class Files:
             request: The request.
             is_retry: The client repeats a request whose answer it lost.
         """
+        began = time.time()  # a repeated upload may take longer than RETRY_SECONDS
         declared = request.headers.get("content-length", "")
         too_large = int(declared) > self._limits.file_bytes + 100_000 if declared.isdigit() else False
         if too_large:
@@ -98,7 +99,6 @@ class Files:
         except ApiError:
             await anyio.to_thread.run_sync(self._store.delete, [key])
             raise
-        now = int(time.time())
         identity = {
             "key_id": caller.key_id,
             "bytes": upload.size,
@@ -106,10 +106,10 @@ class Files:
             "filename": upload.filename,
             "purpose": purpose,
         }
-        record = identity | {"created_at": now, "content": name}
+        record = identity | {"created_at": int(time.time()), "content": name}
 
         def is_the_same(other: Record) -> bool:
-            if not is_retry or now - other["created_at"] > RETRY_SECONDS:
+            if not is_retry or began - other["created_at"] > RETRY_SECONDS:
                 return other["content"] == name  # stored by a write whose response was lost
             return all(other.get(field) == value for field, value in identity.items())
 

@@ -1,5 +1,6 @@
 """Files, jobs, models, keys and limits of the API, against a real bucket."""
 
+import asyncio
 import json
 import os
 import socket
@@ -9,14 +10,19 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import requests
+from starlette.requests import Request
 
 from service.config import LoadedService, load_service
-from service.keys import KeysError, create_key, list_keys, revoke_keys
+from service.files import Files
+from service.keys import Caller, KeysError, create_key, list_keys, revoke_keys
 from service.layout import active_key, files_of, jobs_of, metrics_key
 from service.records import Records
+from service.requests import RETRY_SECONDS
 from tests.support.service import CHAT, Api, rows, running_api, write_service
 from utils.storage.s3 import UPLOAD_PART_BYTES, S3Store
 
@@ -286,6 +292,29 @@ def test_repeated_upload_is_one_file(apis: list[Api], store: S3Store):
     for file in ids(red.get("/v1/files")):
         files_of(store, "red").update(file, lambda found: found | {"created_at": found["created_at"] - 700})
     assert upload() not in {first, *others}
+
+
+def test_repeated_upload_that_takes_long_is_one_file(
+    apis: list[Api], service: LoadedService, store: S3Store, monkeypatch: pytest.MonkeyPatch
+):
+    first = apis[0].upload(rows())
+    (key,) = list_keys(store, "red")
+    form = requests.Request(
+        "POST", "http://api", data={"purpose": "fine-tune"}, files={"file": (first["filename"], rows())}
+    ).prepare()
+    clock = SimpleNamespace(now=time.time())
+    monkeypatch.setattr("service.files.time", SimpleNamespace(time=lambda: clock.now))
+
+    async def receive() -> dict[str, Any]:
+        clock.now += RETRY_SECONDS + 100
+        return {"type": "http.request", "body": form.body, "more_body": False}
+
+    headers = [(b"content-type", str(form.headers["Content-Type"]).encode())]
+    request = Request({"type": "http", "headers": headers}, receive)
+    files = Files(store, store, service.config.limits)
+    repeated = asyncio.run(files.create(Caller("red", key.id), request, is_retry=True))
+    assert repeated["id"] == first["id"]
+    assert len(store.list("content/red")) == 1
 
 
 def test_upload_whose_record_was_stored_by_a_lost_write_is_one_file(

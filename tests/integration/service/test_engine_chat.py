@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
@@ -198,6 +199,38 @@ class BreakingEngine:
             yield Accepted(5)
             yield Delta(0, "Seven")
         yield Failed(400, "the rest is missing", param="top_logprobs", code="broken")
+
+
+class SilentEngine:
+    """An engine that sends nothing, or nothing after `Accepted`."""
+
+    def __init__(self, events: list[Event]):
+        self._events = events
+        self.asked, self.closed = threading.Event(), threading.Event()
+
+    async def chat(self, request: ChatRequest) -> AsyncGenerator[Event]:
+        try:
+            for event in self._events:
+                yield event
+            self.asked.set()
+            await asyncio.sleep(8)  # longer than the test waits
+        finally:
+            self.closed.set()
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+@pytest.mark.parametrize("events", [[], [Accepted(5)]], ids=["waiting", "accepted"])
+def test_client_that_disconnects_before_the_first_token_ends_its_request(
+    events: list[Event], is_streamed: bool
+):
+    engine = SilentEngine(events)
+    handle: Any = LocalHandle(engine)
+    with serving(chat_app(handle)) as client:
+        with pytest.raises(httpx.ReadTimeout):
+            client.post(PATH, json=body(stream=is_streamed), timeout=0.5)
+        assert engine.asked.is_set()
+        assert engine.closed.wait(4)
+    assert handle.cancelled == 1
 
 
 CLIENT = """

@@ -26,18 +26,24 @@ from tests.support.service import write_service
 from training.loop import ray_internals
 from training.planning.endpoints import ClusterTarget
 
-FAILED, RUNNING = (
+DEPLOYING, FAILED, RUNNING = (
     ServeStatus(applications={APP_NAME: ApplicationStatusOverview(status, "no such model", 0.0, {})})
-    for status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.RUNNING)
+    for status in (
+        ApplicationStatus.DEPLOYING,
+        ApplicationStatus.DEPLOY_FAILED,
+        ApplicationStatus.RUNNING,
+    )
 )
 
 
-def start(tmp_path: Path, port: int = 8000, **keys: Any) -> tuple[_Run, io.StringIO]:
+def start(
+    tmp_path: Path, port: int = 8000, *, cluster: str | None = None, **keys: Any
+) -> tuple[_Run, io.StringIO]:
     """Return a start of the service that has not begun, and the text that it prints."""
     printed = io.StringIO()
     console = Console(file=printed)
     service = load_service(write_service(tmp_path, "s3://bucket/service", **keys), port)
-    return _Run(service, ClusterTarget(None), console, console, as_json=False), printed
+    return _Run(service, ClusterTarget(cluster), console, console, as_json=False), printed
 
 
 @pytest.fixture
@@ -112,6 +118,36 @@ def test_service_belongs_to_the_last_process_that_started_it(
         second._deploy()
     owners = {"first": first._owns_application(), "second": second._owns_application()}
     assert owners == {"first": owner == "first", "second": owner == "second"}
+
+
+@pytest.mark.usefixtures("deployed")
+def test_service_belongs_to_the_process_that_replaced_it_while_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    first, second = start(tmp_path)[0], start(tmp_path)[0]
+    statuses = iter([ServeStatus(), DEPLOYING, RUNNING, RUNNING, RUNNING])
+
+    def status() -> ServeStatus:
+        found = next(statuses)
+        if found is DEPLOYING:
+            second._deploy()
+        return found
+
+    monkeypatch.setattr(serve, "status", status)
+    first._deploy()
+    assert (first._owns_application(), second._owns_application()) == (False, True)
+
+
+@pytest.mark.usefixtures("deployed")
+def test_update_that_is_interrupted_before_the_service_answers_owns_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(serve, "status", lambda: RUNNING)
+    with answering(503) as port:
+        update, _ = start(tmp_path, port, cluster="ray://head:10001")
+        threading.Timer(0.5, update._stop.set).start()
+        update._deploy()
+    assert not update._owns_application()
 
 
 @pytest.mark.parametrize(
