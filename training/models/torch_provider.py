@@ -108,15 +108,22 @@ def load_weights(
     )  # transformers has initialized them at random
     if model.generation_config is not None:
         correct(model.generation_config, model.config)
-    if (limit := rope_limit(model.config)) is not None:
+    for limit in _lengths_without_cache(model.config):
         _recompute_at(model, limit)
     if load_in_4bit and device == "cpu":
         keep_4bit_layout(model)
     return model
 
 
+def _lengths_without_cache(config: Any) -> set[int]:
+    """Return the lengths after which RoPE changes, or transformers 5.17 drops the cache: for Phi, whatever its RoPE."""
+    original = getattr(config, "original_max_position_embeddings", None)
+    lengths = {rope_limit(config), original if config.model_type in ("phi3", "phimoe") else None}
+    return {length for length in lengths if length is not None}
+
+
 def _recompute_at(model: Any, limit: int) -> None:
-    """Make `generate` recompute keys once a sequence gets longer than `limit`, where RoPE gets other frequencies.
+    """Make `generate` recompute keys once a sequence gets longer than `limit`.
 
     Phi 3 drops the cache there, but transformers 5.17 passes only the last token on: from then on, a token depends on no earlier
     one (`prepare_inputs_for_generation` in models/phi3/modeling_phi3.py and generation/utils.py).
