@@ -110,6 +110,9 @@ def load_weights(
         correct(model.generation_config, model.config)
     for limit in _lengths_without_cache(model.config):
         _recompute_at(model, limit)
+    for module in model.modules():
+        if getattr(module, "rope_type", None) == "dynamic" and hasattr(module, "original_max_seq_len"):
+            module.register_forward_pre_hook(_reset_frequencies)
     if load_in_4bit and device == "cpu":
         keep_4bit_layout(model)
     return model
@@ -139,6 +142,11 @@ def _recompute_at(model: Any, limit: int) -> None:
         return prepare(input_ids, **others)
 
     model.prepare_inputs_for_generation = prepare_all
+
+
+def _reset_frequencies(rope: Any, _: Any) -> None:
+    """Make dynamic RoPE start from its first frequencies; transformers 5.17 retains those of the longest sequence so far."""
+    rope.inv_freq, rope.max_seq_len_cached = rope.original_inv_freq, rope.original_max_seq_len
 
 
 def keep_4bit_layout(model: "PreTrainedModel") -> None:

@@ -87,6 +87,21 @@ def test_answers_that_pass_the_original_length_equal_those_without_a_cache(
     assert model.generate(**inputs).tolist() == model.generate(**inputs, use_cache=False).tolist()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [16, 20])
+def test_dynamic_rope_does_not_depend_on_earlier_sequences(tokens: int, tmp_path: Path):
+    """transformers 5.17 retains the frequencies of the longest sequence (`dynamic_frequency_update` in modeling_rope_utils.py)."""
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    directory = save_model(
+        tmp_path, "llama", initializer_range=0.3, max_position_embeddings=16, rope_parameters=rope
+    )
+    model: Any = load_weights(directory, dtype="fp32").eval()
+    rows = torch.randint(1, 64, (1, 60), generator=torch.Generator().manual_seed(0))
+    first = model(rows[:, :tokens]).logits
+    model(rows)
+    assert torch.equal(model(rows[:, :tokens]).logits, first)
+
+
 def test_deterministic_experts_use_the_eager_implementation(tmp_path: Path):
     mixture = save_model(tmp_path, "mixtral", num_local_experts=2)
     assert load_base(model_request(mixture)).get_experts_implementation() != {"": "eager"}
