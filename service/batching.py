@@ -98,8 +98,8 @@ class Row:
     emit: Callable[[Delta | Failed], None]
     length: int = 0
     """Tokens in the cache."""
-    token: int = 0
-    """The next input token."""
+    tokens: list[int] = field(default_factory=list, repr=False)
+    """Prompt and answer, the next input token included."""
     generator: torch.Generator | None = field(default=None, repr=False)
     is_cancelled: bool = False
 
@@ -122,8 +122,7 @@ class Batch:
 
         Args:
             model: The model, in evaluation mode.
-            max_rows: Most rows at a time. Models with layers other than attention over a KV cache get one row, and so do
-                those whose RoPE depends on the longest row.
+            max_rows: Most rows at a time. Models with layers other than attention over a KV cache get one row.
             max_tokens: Most cached tokens, padding included.
         """
         self.adapters = Adapters()
@@ -131,8 +130,7 @@ class Batch:
         self.model = model
         config = model.config.get_text_config()
         self._rope_limit = rope_limit(model.config)
-        is_attention = set(getattr(config, "layer_types", None) or _BATCHED_LAYERS) <= _BATCHED_LAYERS
-        self._is_batched = is_attention and self._rope_limit is None
+        self._is_batched = set(getattr(config, "layer_types", None) or _BATCHED_LAYERS) <= _BATCHED_LAYERS
         self.max_rows = max_rows if self._is_batched else 1
         self.max_tokens = max_tokens
         self._cache = self._new_cache()
@@ -141,11 +139,16 @@ class Batch:
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
     def fits(self, rows: Sequence[Row], joining: Sequence[Row]) -> bool:
-        """Return whether the rows of a request may join now, after others that join."""
+        """Return whether the rows of a request may join now, after others that join.
+
+        A request that may exceed the RoPE limit runs alone: it would change the frequencies of the other rows.
+        """
         before = [*self.rows, *joining]
         everyone = [*before, *rows]
-        fits = len(everyone) * max(row.end for row in everyone) <= self.max_tokens
-        return not before or (len(everyone) <= self.max_rows and fits)
+        longest = max(row.end for row in everyone)
+        fits = len(everyone) * longest <= self.max_tokens
+        keeps_rope = self._rope_limit is None or longest <= self._rope_limit
+        return not before or (len(everyone) <= self.max_rows and fits and keeps_rope)
 
     def take(self, waiting: deque[Request]) -> list[Request]:
         """Remove and return the requests that may join now, in their order."""
@@ -163,39 +166,39 @@ class Batch:
     @torch.inference_mode()
     def join(self, requests: Sequence[Request]) -> None:
         """Compute the prompts of requests, add their rows to the batch and emit their first tokens."""
+        self._join([request.prompt for request in requests], [request.rows for request in requests])
+
+    def _join(self, prompts: Sequence[list[int]], rows_by_prompt: Sequence[list[Row]]) -> None:
         cache, device = self._new_cache(), self.model.device
-        longest = max(len(request.prompt) for request in requests)
-        padded = [[0] * (longest - len(request.prompt)) + list(request.prompt) for request in requests]
-        lengths = torch.tensor([[len(request.prompt)] for request in requests], device=device)
+        longest = max(map(len, prompts))
+        padded = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
+        lengths = torch.tensor([[len(prompt)] for prompt in prompts], device=device)
         positions = torch.arange(longest, device=device)[None] - (longest - lengths)
-        is_padded = any(len(request.prompt) < longest for request in requests)
+        is_padded = any(len(prompt) < longest for prompt in prompts)
         mask = (positions >= 0).long() if is_padded else None
-        self.adapters.assign([request.rows[0].adapter for request in requests], longest, device)
+        self.adapters.assign([rows[0].adapter for rows in rows_by_prompt], longest, device)
         logits = self._forward(torch.tensor(padded, device=device), mask, positions.clamp(min=0), cache)
-        for request in requests:
-            for row in request.rows:
-                row.length = len(request.prompt)
-        counts = torch.tensor([len(request.rows) for request in requests], device=device)
+        for prompt, rows in zip(prompts, rows_by_prompt, strict=True):
+            for row in rows:
+                row.length, row.tokens = len(prompt), list(prompt)
+        counts = torch.tensor([len(rows) for rows in rows_by_prompt], device=device)
         if not self._is_batched:
             self._cache = cache
-            self._tokens = list(requests[0].prompt)
         else:
             self._merge(cache, counts)
-        rows = [row for request in requests for row in request.rows]
+        rows = [row for group in rows_by_prompt for row in group]
         self.rows += rows
         self._push(rows, logits.repeat_interleave(counts, 0))
 
     @torch.inference_mode()
     def step(self) -> None:
         """Generate one token for every row."""
-        if not self._is_batched:
-            self._tokens.append(self.rows[0].token)
-            if self.rows[0].length == self._rope_limit:
-                self._recompute()
-                return
+        if self._width() == self._rope_limit:
+            self._rejoin()
+            return
         device = self.model.device
         self.adapters.assign([row.adapter for row in self.rows], 1, device)
-        tokens = torch.tensor([[row.token] for row in self.rows], device=device)
+        tokens = torch.tensor([[row.tokens[-1]] for row in self.rows], device=device)
         lengths = torch.tensor([[row.length] for row in self.rows], device=device)
         width = self._width() + 1
         mask = None
@@ -206,14 +209,15 @@ class Batch:
             row.length += 1
         self._push(self.rows, logits)
 
-    def _recompute(self) -> None:
-        """Generate a token without the cache, whose keys have the frequencies of shorter sequences, as Phi 3 does in `generate`."""
-        device, self._cache = self.model.device, self._new_cache()
-        self.adapters.assign([self.rows[0].adapter], len(self._tokens), device)
-        positions = torch.arange(len(self._tokens), device=device)[None]
-        logits = self._forward(torch.tensor([self._tokens], device=device), None, positions, self._cache)
-        self.rows[0].length += 1
-        self._push(self.rows, logits)
+    def _rejoin(self) -> None:
+        """Generate a token for every row without the cache, whose keys have the frequencies of shorter sequences.
+
+        Phi 3 does the same in `generate`. All rows belong to one request and have the same length.
+        """
+        rows = self.rows
+        self.clear()
+        for row in rows:  # one after the other, because a prompt needs more memory than its keys
+            self._join([row.tokens], [[row]])
 
     def remove_finished(self) -> None:
         """Remove rows whose answer is finished or whose request was cancelled."""
@@ -280,7 +284,7 @@ class Batch:
                 row.emit(Failed(500, "The model computed logits that are not finite.", "server_error"))
                 continue
             sampled = _sample(row, scores, best)
-            row.token = sampled.token
+            row.tokens.append(sampled.token)
             if (delta := row.answer.push(sampled)) is not None:
                 row.emit(delta)
 

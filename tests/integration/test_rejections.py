@@ -638,7 +638,8 @@ def test_plan_warns_of_rows_that_change_the_rotary_frequencies_of_others(tmp_pat
         original_max_position_embeddings=16,
         rope_parameters={"rope_type": "longrope", "rope_theta": 1e4} | factors,
     )
-    planned = run_main_quickly(config_file(tmp_path, model), "--dry-run", "--json")
+    config = config_file(tmp_path, model, train_batch_size_per_device=2)
+    planned = run_main_quickly(config, "--dry-run", "--json")
     (warning,) = [text for text in planned.result["warnings"] if "RoPE" in text]
     assert_names(warning, "phi", "16 tokens", "context_length: 16")
 

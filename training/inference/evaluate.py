@@ -36,6 +36,7 @@ from training.events import WorkersFailedError
 from training.inference.checkpoint_model import TrainedModel
 from training.launch.cluster import Workers, cluster, lacking, resources_of_device, vitals
 from training.launch.failures import classify_failures, describe_failure
+from training.models.attention import rope_limit
 from training.models.kernels import Device
 from training.models.tokenizer import describe_template
 from training.planning.endpoints import ClusterTarget
@@ -359,6 +360,8 @@ class _Worker:
         self._model: Any = trained.load(settings.device)
         stops = stop_tokens(self._model.generation_config, self._tokenizer)
         self._left_out = tokens_left_out(self._tokenizer, stops, trained.config.new_special_tokens)
+        limit = rope_limit(self._model.config)
+        self._longest_in_batch = None if limit is None else limit - settings.max_new_tokens
         # Greedy decoding, independent of the model's own settings for sampling and repetition.
         self._model.generation_config = GenerationConfig(
             do_sample=False,
@@ -370,7 +373,16 @@ class _Worker:
     def answer(
         self, rows: Sequence[int], prompts: Sequence[Sequence[int]]
     ) -> tuple[Sequence[int], list[str]]:
-        """Generate answers for a batch; return (the row numbers, their answers)."""
+        """Generate answers for a batch; return (the row numbers, their answers).
+
+        Where RoPE would change for all rows of the batch, each is generated alone.
+        """
+        together = self._longest_in_batch is None or max(map(len, prompts)) <= self._longest_in_batch
+        batches = [prompts] if together else [[prompt] for prompt in prompts]
+        return rows, [answer for batch in batches for answer in self._generate(batch)]
+
+    def _generate(self, prompts: Sequence[Sequence[int]]) -> list[str]:
+        """Return the answers to prompts that are computed together."""
         import torch
 
         width = max(map(len, prompts))
@@ -386,7 +398,7 @@ class _Worker:
             [token for token in answer if token not in self._left_out]
             for answer in generated[:, width:].tolist()
         ]
-        return rows, self._tokenizer.batch_decode(answers)
+        return self._tokenizer.batch_decode(answers)
 
 
 def tokens_left_out(

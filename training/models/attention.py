@@ -219,9 +219,10 @@ def rope_limit(config: "PreTrainedConfig") -> int | None:
     text = config.get_text_config()
     ropes = getattr(text, "rope_parameters", None) or {}
     limits = [
-        rope.get("original_max_position_embeddings") or text.max_position_embeddings
+        # dynamic ignores original_max_position_embeddings, even if the config has it
+        (kind == "longrope" and rope.get("original_max_position_embeddings")) or text.max_position_embeddings
         for rope in (ropes, *ropes.values())
-        if isinstance(rope, dict) and rope.get("rope_type") in _ROPE_BY_LENGTH
+        if isinstance(rope, dict) and (kind := rope.get("rope_type")) in _ROPE_BY_LENGTH
     ]
     return min(limits, default=None)
 

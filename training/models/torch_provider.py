@@ -108,15 +108,25 @@ def load_weights(
     )  # transformers has initialized them at random
     if model.generation_config is not None:
         correct(model.generation_config, model.config)
-    if (limit := rope_limit(model.config)) is not None:
+    for limit in _lengths_without_cache(model.config):
         _recompute_at(model, limit)
+    for module in model.modules():
+        if getattr(module, "rope_type", None) == "dynamic" and hasattr(module, "original_max_seq_len"):
+            module.register_forward_pre_hook(_reset_frequencies)
     if load_in_4bit and device == "cpu":
         keep_4bit_layout(model)
     return model
 
 
+def _lengths_without_cache(config: Any) -> set[int]:
+    """Return the lengths after which RoPE changes, or transformers 5.17 drops the cache: for Phi, whatever its RoPE."""
+    original = getattr(config, "original_max_position_embeddings", None)
+    lengths = {rope_limit(config), original if config.model_type in ("phi3", "phimoe") else None}
+    return {length for length in lengths if length is not None}
+
+
 def _recompute_at(model: Any, limit: int) -> None:
-    """Make `generate` recompute keys once a sequence gets longer than `limit`, where RoPE gets other frequencies.
+    """Make `generate` recompute keys once a sequence gets longer than `limit`.
 
     Phi 3 drops the cache there, but transformers 5.17 passes only the last token on: from then on, a token depends on no earlier
     one (`prepare_inputs_for_generation` in models/phi3/modeling_phi3.py and generation/utils.py).
@@ -132,6 +142,11 @@ def _recompute_at(model: Any, limit: int) -> None:
         return prepare(input_ids, **others)
 
     model.prepare_inputs_for_generation = prepare_all
+
+
+def _reset_frequencies(rope: Any, _: Any) -> None:
+    """Make dynamic RoPE start from its first frequencies; transformers 5.17 retains those of the longest sequence so far."""
+    rope.inv_freq, rope.max_seq_len_cached = rope.original_inv_freq, rope.original_max_seq_len
 
 
 def keep_4bit_layout(model: "PreTrainedModel") -> None:

@@ -644,8 +644,10 @@ def _warnings(
     yield from plan_warnings.generation_warnings(model.facts.source, model.corrections)
     yield from plan_warnings.tensor_warnings(model.facts.source, model.unused_tensors)
     yield from plan_warnings.attention_warnings(config, model.facts, model.traits, model.attention, device)
-    longest = max(rows.summary.longest for rows in data.prepared)
-    yield from plan_warnings.rope_warnings(model.facts.source, model.traits.rope_limit, longest)
+    train, *others = (rows.summary.longest for rows in data.prepared)
+    yield from plan_warnings.rope_warnings(
+        config, model.facts.source, model.traits.rope_limit, train, max(others, default=0)
+    )
     yield from plan_warnings.expert_warnings(config, model.facts, model.shape, device, provider)
     yield from plan_warnings.accelerator_warnings(config)
     if settings.target.is_local:

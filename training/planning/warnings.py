@@ -127,19 +127,35 @@ def attention_warnings(
     )
 
 
-def rope_warnings(source: str, limit: int | None, longest: int) -> Iterator[str]:
-    """Warn of rows that change the rotary frequencies of the shorter rows beside them.
+def rope_warnings(
+    config: FinetuneConfig, source: str, limit: int | None, train: int, valid: int
+) -> Iterator[str]:
+    """Warn of rows or padding that change the rotary frequencies of shorter rows.
 
     Args:
+        config: The configuration, with the batch size resolved.
         source: Name of the model.
         limit: See `rope_limit` in training/models/attention.py.
-        longest: Tokens of the longest row.
+        train: Tokens of the longest training row.
+        valid: Tokens of the longest validation row; 0 if there is none.
     """
-    if limit is not None and longest > limit:
+    if limit is None:
+        return
+    if config.padding == "max_length" and (config.context_length or 0) > limit:
+        yield (
+            f"{source}: its RoPE has other frequencies above {limit:,} tokens, and padding: max_length pads every row to "
+            f"{config.context_length:,}. Shorter rows are trained with frequencies that the model does not use in short answers. Write "
+            f"padding: longest, or context_length: {limit}"
+        )
+        return
+    joins = config.packing or config.task == "preference_tuning"
+    rows = [(train, config.batch_size), (valid, config.eval_batch_size_per_device or config.batch_size)]
+    longest = max((tokens for tokens, size in rows if joins or size > 1), default=0)
+    if longest > limit:
         yield (
             f"{source}: its RoPE has other frequencies above {limit:,} tokens, for all rows of a batch. The longest row has {longest:,}, so "
-            f"the loss of a shorter row depends on the rows that are computed with it. Write context_length: {limit}, or train on rows "
-            "of similar length only"
+            f"the loss of a shorter row depends on the rows that are computed with it. Write context_length: {limit}"
+            + ("" if joins else ", or batch sizes of 1 for training and evaluation")
         )
 
 

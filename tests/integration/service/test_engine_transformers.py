@@ -251,21 +251,8 @@ def _assert_beside_others(
                 "mlp_only_layers": [0, 1],
             },
         ),
-        (
-            Phi3Config,
-            {
-                "initializer_range": 0.3,
-                "original_max_position_embeddings": 28,  # one prompt is longer, and an answer reaches it
-                "rope_parameters": {
-                    "rope_type": "longrope",
-                    "rope_theta": 10_000.0,
-                    "short_factor": [1.0] * 8,
-                    "long_factor": [1.0 + 4 * dimension for dimension in range(8)],
-                },
-            },
-        ),
     ],
-    ids=["sliding window", "linear attention", "longrope"],
+    ids=["sliding window", "linear attention"],
 )
 def test_other_attention_answers_as_generate(tmp_path: Path, kind: Any, settings: dict[str, Any]):
     model = make_model(tmp_path / "model", kind=kind, **settings)
@@ -276,11 +263,57 @@ def test_other_attention_answers_as_generate(tmp_path: Path, kind: Any, settings
 
     try:
         reference = Reference(model)
-        # transformers 5.17 forgets the prompt where RoPE changes; see _recompute_at in training/models/torch_provider.py.
-        reference.model.generation_config.use_cache = kind is not Phi3Config
         assert run(ask()) == [[reference.answer(question)] for question in QUESTIONS]
     finally:
         engine.close()
+
+
+@pytest.mark.slow
+def test_requests_above_the_rope_limit_answer_alone_as_generate(tmp_path: Path):
+    """One prompt is longer than the limit, one answer passes it, and the other requests share a batch."""
+    limit = 48
+    model = make_model(
+        tmp_path / "model",
+        kind=Phi3Config,
+        initializer_range=0.3,
+        original_max_position_embeddings=limit,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10_000.0,
+            "short_factor": [1.0] * 8,
+            "long_factor": [1.0 + 4 * dimension for dimension in range(8)],
+        },
+    )
+    reference = Reference(model)
+    # transformers 5.17 forgets the prompt where RoPE changes; see _recompute_at in training/models/torch_provider.py.
+    reference.model.generation_config.use_cache = False
+    lengths = [len(reference.tokens(question)[0]) for question in QUESTIONS]
+    asked = [(question, 8, 2) for question in QUESTIONS] + [
+        (QUESTIONS[0], limit - lengths[0] + 8, 2),
+        (QUESTIONS[0] * 4, 8, 1),
+        (QUESTIONS[1], 8, 1),
+    ]
+    engine = start_engine(model)
+    batch, sizes = engine._shared.batch, set[tuple[int, bool]]()
+    step = batch.step
+
+    def counted_step() -> None:
+        sizes.add((len(batch.rows), max(row.end for row in batch.rows) > limit))
+        step()
+
+    batch.step = counted_step  # type: ignore[method-assign]
+
+    async def ask() -> list[list[str]]:
+        requests = [chat_request(None, text, max_tokens=tokens, n=count) for text, tokens, count in asked]
+        return await asyncio.gather(*(answer(engine, request) for request in requests))
+
+    try:
+        answers = run(ask())
+    finally:
+        engine.close()
+    assert answers == [[reference.answer(text, tokens)] * count for text, tokens, count in asked]
+    assert max(rows for rows, is_long in sizes if not is_long) > 2
+    assert {rows for rows, is_long in sizes if is_long} == {1, 2}
 
 
 def test_least_recently_used_adapter_is_removed_unless_in_use(tiny_model: Path, adapters: dict[str, str]):

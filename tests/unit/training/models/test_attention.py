@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Phi3Config
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from configs.schema import FinetuneConfig
 from tests.support.messages import assert_names
@@ -45,6 +45,7 @@ LONGROPE: dict[str, Any] = {
     "short_factor": [1.0] * 8,
     "long_factor": [1.0 + 4 * dimension for dimension in range(8)],
 }
+DYNAMIC: dict[str, Any] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 
 
 @pytest.mark.parametrize(
@@ -224,18 +225,38 @@ def config(**keys: Any) -> FinetuneConfig:
 
 
 @torch.no_grad()
-def test_rope_limit_is_the_length_from_which_a_row_depends_on_others(tmp_path: Path):
-    """`longrope_frequency_update` in transformers 5.17 takes the largest position of the batch."""
-    config = Phi3Config(**SMALL, original_max_position_embeddings=32, rope_parameters=LONGROPE)
+@pytest.mark.parametrize(
+    ("kind", "rope", "original"),
+    [
+        ("phi3", LONGROPE, 32),
+        ("llama", DYNAMIC, None),
+        ("llama", DYNAMIC | {"original_max_position_embeddings": 16}, None),
+        ("llama", DYNAMIC, 16),
+    ],
+    ids=[
+        "longrope",
+        "dynamic",
+        "dynamic with an original length",
+        "dynamic with an original length of its config",
+    ],
+)
+def test_rope_limit_is_the_length_from_which_a_row_depends_on_others(
+    kind: str, rope: dict[str, Any], original: int | None, tmp_path: Path
+):
+    """`dynamic_rope_update` in transformers 5.17 takes the largest position of the batch."""
+    lengths = {"max_position_embeddings": 64 if rope is LONGROPE else 32}
+    if original is not None:
+        lengths["original_max_position_embeddings"] = original
+    config = AutoConfig.for_model(kind, **SMALL, **lengths, rope_parameters=rope)
     config.save_pretrained(tmp_path)
-    limit = read_traits(tmp_path, "a/phi", trust_remote_code=False).rope_limit
+    limit = read_traits(tmp_path, "a/model", trust_remote_code=False).rope_limit
     assert limit == 32
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
-    rows = torch.randint(config.vocab_size, (2, limit + 1))
+    rows = torch.randint(config.vocab_size, (2, limit + 16))
     alone = model(rows[:1, :16]).logits
     torch.testing.assert_close(model(rows[:, :limit]).logits[:1, :16], alone)
-    assert (model(rows).logits[:1, :16] - alone).abs().max() > 0.01
+    assert (model(rows).logits[:1, :16] - alone).abs().max() > 1e-4
 
 
 def test_models_with_fixed_frequencies_have_no_rope_limit(tmp_path: Path):

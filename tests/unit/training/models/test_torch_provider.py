@@ -27,6 +27,12 @@ SHAPE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+FIXED: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4}
+LONGROPE: dict[str, Any] = FIXED | {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 4,
+    "long_factor": [1.0, 5.0, 9.0, 13.0],
+}
 
 
 def save_model(directory: Path, kind: str, **changes: object) -> Path:
@@ -55,16 +61,18 @@ def test_models_without_sdpa_in_transformers_get_eager_attention(tmp_path: Path)
 
 
 @pytest.mark.parametrize("prompt", [10, 16, 20])
-@pytest.mark.parametrize("has_adapter", [False, True])
-def test_answers_that_pass_the_rope_limit_equal_those_without_a_cache(
-    *, has_adapter: bool, prompt: int, tmp_path: Path
+@pytest.mark.parametrize(
+    ("kind", "rope", "has_adapter"),
+    [("phi3", LONGROPE, False), ("phi3", LONGROPE, True), ("phi3", FIXED, False), ("phimoe", FIXED, False)],
+    ids=["longrope", "longrope with an adapter", "phi3", "phimoe"],
+)
+def test_answers_that_pass_the_original_length_equal_those_without_a_cache(
+    *, kind: str, rope: dict[str, Any], has_adapter: bool, prompt: int, tmp_path: Path
 ):
     """Phi 3 in transformers 5.17 forgets the prompt there (`prepare_inputs_for_generation` in models/phi3/modeling_phi3.py)."""
-    factors = {"short_factor": [1.0] * 4, "long_factor": [1.0, 5.0, 9.0, 13.0]}
-    rope = {"rope_type": "longrope", "rope_theta": 1e4} | factors
     limit = {"original_max_position_embeddings": 16, "rope_parameters": rope}
     ids = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
-    phi = save_model(tmp_path, "phi3", initializer_range=0.3, max_position_embeddings=64, **limit, **ids)
+    phi = save_model(tmp_path, kind, initializer_range=0.3, max_position_embeddings=64, **limit, **ids)
     model: Any = load_weights(phi, dtype="fp32").eval()
     if has_adapter:
         model = get_peft_model(model, PeftConfig(r=2, target_modules="all-linear", init_lora_weights=False))
@@ -77,6 +85,21 @@ def test_answers_that_pass_the_rope_limit_equal_those_without_a_cache(
         "max_new_tokens": 10,
     }
     assert model.generate(**inputs).tolist() == model.generate(**inputs, use_cache=False).tolist()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [16, 20])
+def test_dynamic_rope_does_not_depend_on_earlier_sequences(tokens: int, tmp_path: Path):
+    """transformers 5.17 retains the frequencies of the longest sequence (`dynamic_frequency_update` in modeling_rope_utils.py)."""
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    directory = save_model(
+        tmp_path, "llama", initializer_range=0.3, max_position_embeddings=16, rope_parameters=rope
+    )
+    model: Any = load_weights(directory, dtype="fp32").eval()
+    rows = torch.randint(1, 64, (1, 60), generator=torch.Generator().manual_seed(0))
+    first = model(rows[:, :tokens]).logits
+    model(rows)
+    assert torch.equal(model(rows[:, :tokens]).logits, first)
 
 
 def test_deterministic_experts_use_the_eager_implementation(tmp_path: Path):

@@ -374,11 +374,40 @@ def test_eager_attention_warns_of_its_cause(has_sdpa: bool, cause: str, hint: bo
     assert ("flash_attention_2: true" in text) == hint
 
 
-def test_rows_that_change_the_frequencies_of_others_give_a_warning():
-    (text,) = rope_warnings("a/phi", 4096, 5000)
+PAIRS = {"task": "preference_tuning"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "train", "valid"),
+    [
+        ({"train_batch_size_per_device": 2}, 5000, 0),
+        ({"train_batch_size_per_device": 2}, 0, 5000),
+        ({"train_batch_size_per_device": 1, "eval_batch_size_per_device": 2}, 0, 5000),
+        ({"train_batch_size_per_device": 1, "packing": True}, 5000, 0),
+        ({"train_batch_size_per_device": 1, **PAIRS}, 5000, 0),
+    ],
+)
+def test_rows_that_change_the_frequencies_of_others_give_a_warning(
+    keys: dict[str, Any], train: int, valid: int
+):
+    (text,) = rope_warnings(config(**keys), "a/phi", 4096, train, valid)
     assert_names(text, "a/phi", "RoPE", "4,096", "5,000", "context_length: 4096")
-    assert not list(rope_warnings("a/phi", 4096, 4096))
-    assert not list(rope_warnings("a/llama", None, 5000))
+    assert ("batch sizes of 1" in text) == ("packing" not in keys and "task" not in keys)
+    assert not list(rope_warnings(config(**keys), "a/phi", 4096, 4096, 4096))
+    assert not list(rope_warnings(config(**keys), "a/llama", None, 5000, 5000))
+
+
+def test_rows_that_are_computed_alone_give_no_rope_warning():
+    alone, evaluated_together = {"train_batch_size_per_device": 1}, {"eval_batch_size_per_device": 2}
+    assert not list(rope_warnings(config(**alone), "a/phi", 4096, 5000, 5000))
+    assert not list(rope_warnings(config(**alone, **evaluated_together), "a/phi", 4096, 5000, 4096))
+
+
+def test_padding_above_the_rope_limit_gives_a_warning():
+    padded = {"train_batch_size_per_device": 1, "padding": "max_length"}
+    (text,) = rope_warnings(config(**padded, context_length=8192), "a/phi", 4096, 100, 100)
+    assert_names(text, "a/phi", "4,096", "8,192", "padding: longest", "context_length: 4096")
+    assert not list(rope_warnings(config(**padded, context_length=4096), "a/phi", 4096, 100, 100))
 
 
 def test_tensors_that_are_not_loaded_are_named():
