@@ -15,7 +15,7 @@ def row(temperature: float, events: list[Any] | None = None) -> Any:
     emit = (events if events is not None else []).append
     sampling = Sampling(temperature=temperature)
     return SimpleNamespace(
-        answer=answer, emit=emit, sampling=sampling, generator=None, token=0, is_cancelled=False
+        answer=answer, emit=emit, sampling=sampling, generator=None, tokens=[], is_cancelled=False
     )
 
 

@@ -103,6 +103,7 @@ def committed_steps(store: Store) -> list[int]:
     return [manifest.step for manifest in reading.committed(store)]
 
 
+@pytest.mark.slow
 def test_save_waits_only_for_the_previous_upload(
     run_uri: str, bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):

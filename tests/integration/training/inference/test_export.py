@@ -284,6 +284,7 @@ def test_config_json_and_the_manifest_are_written_last(
     assert {"model.safetensors", "tokenizer.json"} <= set(written[:-2])
 
 
+@pytest.mark.slow
 def test_rerun_export_changes_nothing_and_a_different_one_is_an_error(
     run_command: RunCommand, run: str, tmp_path: Path
 ):

@@ -242,6 +242,7 @@ def test_four_processes_download_each_object_once(own_bucket: str, proxy: Bucket
     assert proxy.downloads(OWN_BUCKET) == []
 
 
+@pytest.mark.slow
 def test_sync_after_a_killed_download_reuses_its_complete_files(
     own_bucket: str, proxy: BucketProxy, tmp_path: Path
 ):

@@ -67,6 +67,7 @@ def read_endpoint(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
+@pytest.mark.slow
 def test_objects_and_credentials_survive_a_server_restart(state_dir: Path):
     with embedded_bucket(state_dir) as first:
         open_store("s3://anneal/run").write("result.json", b"{}")
@@ -99,6 +100,7 @@ def test_embedded_bucket_ignores_the_aws_profile_of_the_user(
         assert open_store("s3://anneal/x").read_if_exists("nothing") is None
 
 
+@pytest.mark.slow
 def test_server_stops_after_its_last_user_exits(state_dir: Path):
     with started_user(state_dir) as first:
         endpoint = read_endpoint(first)
@@ -112,6 +114,7 @@ def test_server_stops_after_its_last_user_exits(state_dir: Path):
         assert wait_for(lambda: not any(map(is_alive, before)), 30)
 
 
+@pytest.mark.slow
 def test_server_stops_after_its_user_is_killed(state_dir: Path):
     with started_user(state_dir) as victim:
         read_endpoint(victim)

@@ -76,6 +76,7 @@ def test_copy_from_before_a_reboot_is_verified_once(bucket_uri: str, tmp_path: P
     assert (sync_to_node(bucket_uri, tmp_path) / "weights").read_bytes() == b"12345"
 
 
+@pytest.mark.slow
 def test_least_recently_used_entry_is_evicted_unless_in_use(
     bucket_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

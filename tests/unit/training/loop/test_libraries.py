@@ -51,6 +51,7 @@ def imported(script: str) -> set[str]:
     return set(done.stdout.splitlines()[-1].split())
 
 
+@pytest.mark.slow
 def test_worker_of_a_lora_run_imports_no_package_that_it_does_not_use():
     unused = ["bitsandbytes", "deepspeed", "mlflow", "wandb"]
     modules = imported(
