@@ -16,6 +16,13 @@ import psutil
 import yaml
 
 PROJECT = Path(__file__).resolve().parents[2]
+SENT = {
+    "SIGTERM": [signal.SIGTERM],
+    "SIGINT": [signal.SIGINT],
+    "SIGTERM twice": [signal.SIGTERM, signal.SIGTERM],
+    "SIGINT twice": [signal.SIGINT, signal.SIGINT],
+}
+"""The signals that tests send to a command in each phase, by name."""
 _TIMEOUT_SECONDS = 360
 _POLL_SECONDS = 0.005
 

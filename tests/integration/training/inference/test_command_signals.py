@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.jobs import PROJECT, environment
+from tests.support.jobs import PROJECT, SENT, environment
 from tests.support.tiny_model import write_data
 from tests.support.trained_runs import store_adapter_run
 from utils.storage.bucket import open_store
@@ -74,12 +74,6 @@ PHASES: dict[str, tuple[str, Callable[[Command], bool]]] = {
     "serve: loading the program": ("serve OTHER", Command.handles_signals),
 }
 """The command line of each phase, and when the phase has begun."""
-SENT = {
-    "SIGTERM": [signal.SIGTERM],
-    "SIGINT": [signal.SIGINT],
-    "SIGTERM twice": [signal.SIGTERM, signal.SIGTERM],
-    "SIGINT twice": [signal.SIGINT, signal.SIGINT],
-}
 GRID = [(phase, sent) for phase in PHASES for sent in SENT]
 SAMPLE = [
     ("evaluate: generating", "SIGTERM"),

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from runs.summaries import read_run
-from tests.support.jobs import PROJECT, Job, command, environment, started, tiny_settings, write_yaml
+from tests.support.jobs import PROJECT, SENT, Job, command, environment, started, tiny_settings, write_yaml
 from tests.support.tiny_model import make_model_and_data
 
 pytestmark = pytest.mark.timeout(400)
@@ -66,12 +66,6 @@ PHASES: dict[str, tuple[Callable[[Job], bool], int]] = {
 }
 """When each phase has begun, and the steps of the run. While it trains, the run commits a checkpoint in every step."""
 
-SENT = {
-    "SIGTERM": [signal.SIGTERM],
-    "SIGINT": [signal.SIGINT],
-    "SIGTERM twice": [signal.SIGTERM, signal.SIGTERM],
-    "SIGINT twice": [signal.SIGINT, signal.SIGINT],
-}
 GRID = [(phase, sent) for phase in PHASES for sent in SENT]
 SAMPLE = [
     *((phase, "SIGTERM") for phase in PHASES),
