@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from main import build_parser
+from tests.support.grids import only_in_test_image
 from tests.support.jobs import PROJECT
 
 DOCKERFILE = (PROJECT / "Dockerfile").read_text("utf-8").replace("\\\n", "")
@@ -38,7 +39,7 @@ def test_entrypoint_runs_any_other_command_unchanged():
     assert run_entrypoint(Path(sys.executable), "echo", "ray").stdout == "ray\n"
 
 
-@pytest.mark.skipif(not os.environ.get("TEST_IMAGE"), reason="`make test-image` runs it")
+@only_in_test_image
 def test_built_environment_passes_the_health_check_and_runs_commands(tmp_path: Path):
     (install,) = [step for step in re.findall(r"^RUN (.*)$", DOCKERFILE, re.M) if "-m venv" in step]
     shell = json.loads(re.findall(r"^SHELL (.*)$", DOCKERFILE, re.M)[0])

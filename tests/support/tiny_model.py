@@ -7,7 +7,13 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 from cookbooks.preference_tuning.prepare import write_pairs
 from cookbooks.quickstart.word_problems import TRAIN_KINDS, VALID_KINDS, write_problems
@@ -87,6 +93,22 @@ def write_data(directory: Path, *, train_rows: int = 40, valid_rows: int = 11) -
     train.write_text(write_problems(TRAIN_KINDS, train_rows, 1))
     valid.write_text(write_problems(VALID_KINDS, valid_rows, 2))
     return train, valid
+
+
+def make_longrope_model(directory: Path, limit: int) -> Path:
+    """Save a Phi 3 whose RoPE has other frequencies above `limit` tokens; return the directory."""
+    return make_model(
+        directory,
+        kind=Phi3Config,
+        initializer_range=0.3,
+        original_max_position_embeddings=limit,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": [1.0] * 8,
+            "long_factor": [1.0 + 4 * dimension for dimension in range(8)],
+        },
+    )
 
 
 def make_model_and_data(directory: Path) -> Path:

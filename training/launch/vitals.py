@@ -132,7 +132,7 @@ class Vitals:
         return all(process.connect() is None for process in self._probed)
 
     def diagnose(self) -> str | None:
-        """Wait until a process that refuses connections counts as lost, and describe it: it explains an error of Ray best."""
+        """Wait until a process that accepts no connections counts as lost, and describe it: it explains an error of Ray best."""
         self._found.wait(2 * _REFUSED_SECONDS)
         return self.lost
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import socket
 import statistics
 import time
@@ -23,6 +22,7 @@ from service.keys import Caller, KeysError, create_key, list_keys, revoke_keys
 from service.layout import active_key, files_of, jobs_of, metrics_key
 from service.records import Records
 from service.requests import RETRY_SECONDS
+from tests.support.grids import only_in_test_service
 from tests.support.service import CHAT, Api, rows, running_api, write_service
 from utils.storage.s3 import UPLOAD_PART_BYTES, S3Store
 
@@ -475,7 +475,7 @@ def test_records_of_10_000_are_listed_with_few_requests(
     assert (len(last["data"]), last["has_more"]) == (19, False)
 
 
-@pytest.mark.skipif(not os.environ.get("SERVICE_GRID"), reason="`make test-service` runs it")
+@only_in_test_service
 @pytest.mark.parametrize("kind", ["fine_tuning/jobs", "files"])
 def test_page_among_10_000_takes_at_most_twice_the_time_of_one_among_100(
     tmp_path: Path, bucket_uri: str, kind: str, capsys: pytest.CaptureFixture[str]

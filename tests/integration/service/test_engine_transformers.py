@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import MistralConfig, Phi3Config, Qwen3NextConfig
+from transformers import MistralConfig, Qwen3NextConfig
 
 from configs.schema import FinetuneConfig
 from service.checkpoints import base_checkpoint
@@ -25,7 +25,7 @@ from tests.support.engines import (
     store_adapter,
     store_full,
 )
-from tests.support.tiny_model import make_model
+from tests.support.tiny_model import make_longrope_model, make_model
 from training.models.files import ModelError
 from utils.storage.bucket import open_store, upload_directory
 
@@ -272,18 +272,7 @@ def test_other_attention_answers_as_generate(tmp_path: Path, kind: Any, settings
 def test_requests_above_the_rope_limit_answer_alone_as_generate(tmp_path: Path):
     """One prompt is longer than the limit, one answer passes it, and the other requests share a batch."""
     limit = 48
-    model = make_model(
-        tmp_path / "model",
-        kind=Phi3Config,
-        initializer_range=0.3,
-        original_max_position_embeddings=limit,
-        rope_parameters={
-            "rope_type": "longrope",
-            "rope_theta": 10_000.0,
-            "short_factor": [1.0] * 8,
-            "long_factor": [1.0 + 4 * dimension for dimension in range(8)],
-        },
-    )
+    model = make_longrope_model(tmp_path / "model", limit)
     reference = Reference(model)
     # transformers 5.17 forgets the prompt where RoPE changes; see _recompute_at in training/models/torch_provider.py.
     reference.model.generation_config.use_cache = False

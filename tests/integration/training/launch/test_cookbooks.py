@@ -6,7 +6,6 @@
 import gzip
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ from cookbooks.function_calling.prepare import write_calls
 from cookbooks.long_context.prepare import write_notes
 from cookbooks.quickstart.word_problems import TRAIN_KINDS, VALID_KINDS, write_problems
 from runs.summaries import list_runs
+from tests.support.grids import only_in_test_cookbooks
 from tests.support.jobs import PROJECT, environment, run_main
 from tests.support.tiny_model import make_model, make_tokenizer, write_data, write_preference_pairs
 
@@ -32,9 +32,6 @@ PART_1, PART_2 = CONTINUE / "smollm2-135m-part-1.yaml", CONTINUE / "smollm2-135m
 STAGES = [RESUME / f"curriculum_stage_{number}.yaml" for number in (1, 2, 3)]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-only_in_full_grid = pytest.mark.skipif(
-    not os.environ.get("ALL_COOKBOOKS"), reason="`make test-cookbooks` runs it"
-)
 
 
 @pytest.fixture(scope="module")
@@ -122,14 +119,14 @@ def test_function_calling_learns_calls_and_answers(files: Path):
     assert loss_text.count("<|im_end|>") == 2
 
 
-@only_in_full_grid
+@only_in_test_cookbooks
 def test_extended_run_counts_the_steps_of_the_first_run(files: Path, part_1: dict[str, Any]):
     extended = run_on_questions(files, RESUME / "extend.yaml")
     assert extended["parent"] == part_1["last_checkpoint"]
     assert extended["train_steps"] == part_1["train_steps"] * 4 / 3
 
 
-@only_in_full_grid
+@only_in_test_cookbooks
 def test_new_data_starts_from_the_best_checkpoint_at_step_0(files: Path, part_1: dict[str, Any]):
     """The new rows also have another format."""
     result = run_on_chats(files, RESUME / "new_data.yaml")
@@ -137,7 +134,7 @@ def test_new_data_starts_from_the_best_checkpoint_at_step_0(files: Path, part_1:
     assert result["train_steps"] == 4
 
 
-@only_in_full_grid
+@only_in_test_cookbooks
 def test_qlora_improves_the_adapter_on_a_4bit_base(files: Path, part_1: dict[str, Any]):
     result = run_on_chats(files, RESUME / "qlora.yaml")
     assert result["parent"] == part_1["best_checkpoint"]
@@ -145,7 +142,7 @@ def test_qlora_improves_the_adapter_on_a_4bit_base(files: Path, part_1: dict[str
     assert_learned(result)
 
 
-@only_in_full_grid
+@only_in_test_cookbooks
 def test_each_curriculum_stage_starts_from_the_best_checkpoint_before(files: Path):
     stages = [run_on_questions(files, stage) for stage in STAGES]
     assert [stage["parent"] for stage in stages] == [
@@ -155,7 +152,7 @@ def test_each_curriculum_stage_starts_from_the_best_checkpoint_before(files: Pat
     ]
 
 
-@only_in_full_grid
+@only_in_test_cookbooks
 def test_preference_tuning_raises_the_reward_margin(files: Path):
     """The first eval loss is log 2, because the model is its own reference before the first step."""
     yaml = COOKBOOKS / "preference_tuning" / "smollm2-135m.yaml"
@@ -167,7 +164,7 @@ def test_preference_tuning_raises_the_reward_margin(files: Path):
     assert last["figures"]["rewards/margins"] > 0
 
 
-@only_in_full_grid
+@only_in_test_cookbooks
 def test_causal_lm_counts_all_tokens_but_the_first_as_loss_tokens(files: Path):
     (files / "texts.jsonl").write_text(write_texts(TRAIN_KINDS, 64, 1))
     (files / "valid-texts.jsonl").write_text(write_texts(VALID_KINDS, 8, 2))
@@ -178,7 +175,7 @@ def test_causal_lm_counts_all_tokens_but_the_first_as_loss_tokens(files: Path):
     assert result["trained_tokens"] == result["tokens"] - 64  # no loss on the first token of a row
 
 
-@only_in_full_grid
+@only_in_test_cookbooks
 def test_classification_reports_accuracy_and_f1(files: Path):
     """A random model ranks labels no higher than other tokens, so even chance accuracy shows that it learned them."""
     (files / "topics.jsonl").write_text(write_topics(48, 1))
@@ -191,7 +188,7 @@ def test_classification_reports_accuracy_and_f1(files: Path):
     assert 0 < figures["f1"] <= 1
 
 
-@only_in_full_grid
+@only_in_test_cookbooks
 def test_bring_your_own_data_trains_on_mixed_formats_and_lists_skipped_rows(files: Path):
     (files / "own.csv").write_text(own_data.write_mistakes(own_data.write_table(TRAIN_KINDS, 16, 1)))
     (files / "chats").mkdir()
@@ -207,7 +204,7 @@ def test_bring_your_own_data_trains_on_mixed_formats_and_lists_skipped_rows(file
     assert [json.loads(line)["reason"].split()[0] for line in skipped] == ["`Reply`", "`Question`"]
 
 
-@only_in_full_grid
+@only_in_test_cookbooks
 def test_bring_your_own_weights_trains_a_pruned_model_from_a_bucket(files: Path, bucket_uri: str):
     own_weights.prune(make_model(files / "deep", layers=20))
     own_weights.upload(files / "deep", f"{bucket_uri}/own")
@@ -216,7 +213,7 @@ def test_bring_your_own_weights_trains_a_pruned_model_from_a_bucket(files: Path,
     assert_learned(run_on_chats(files, yaml, "learning_rate=1e-2", model=f"{bucket_uri}/own"))
 
 
-@only_in_full_grid
+@only_in_test_cookbooks
 def test_gpt_neox_stores_the_chat_template_of_the_yaml(files: Path):
     """The model has no chat template of its own."""
     tokenizer = make_tokenizer()
@@ -236,14 +233,14 @@ def test_gpt_neox_stores_the_chat_template_of_the_yaml(files: Path):
     assert "<|im_start|>" in (Path(result["best_checkpoint"]) / "chat_template.jinja").read_text()
 
 
-@only_in_full_grid
+@only_in_test_cookbooks
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_lora_and_full_parameter_lower_the_eval_loss(method: str, files: Path):
     yaml = COOKBOOKS / "lora_vs_full_parameter" / f"smollm2-135m-{method}.yaml"
     assert_learned(run_on_chats(files, yaml, "learning_rate=1e-2"))
 
 
-@only_in_full_grid
+@only_in_test_cookbooks
 def test_long_context_lowers_the_eval_loss(files: Path):
     (files / "notes.jsonl").write_text(write_notes(8, 1, notes=6))
     (files / "valid-notes.jsonl").write_text(write_notes(2, 2, notes=6))
@@ -255,7 +252,7 @@ def test_long_context_lowers_the_eval_loss(files: Path):
     )
 
 
-@only_in_full_grid
+@only_in_test_cookbooks
 def test_optimize_cost_chooses_the_largest_batch_that_fits(files: Path):
     """For a tiny model, that is the complete batch of a step."""
     result = run_on_chats(files, COOKBOOKS / "optimize_cost" / "smollm2-135m.yaml", "num_epochs=10")
@@ -264,7 +261,7 @@ def test_optimize_cost_chooses_the_largest_batch_that_fits(files: Path):
     assert "train_batch_size_per_device: 4" in config
 
 
-@only_in_full_grid
+@only_in_test_cookbooks
 def test_search_stores_a_run_per_trial_and_prints_the_best(files: Path):
     directory = COOKBOOKS / "modifying_hyperparameters"
     settings = overrides(files, model=files / "model", train="train.jsonl", valid="valid.jsonl")

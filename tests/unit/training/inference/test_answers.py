@@ -1,11 +1,10 @@
 """Tests of the answers of `main.py evaluate`."""
 
 import pytest
-from transformers import Phi3Config
 
 from configs.schema import FinetuneConfig
 from runs.layout import checkpoint_uri
-from tests.support.tiny_model import make_model
+from tests.support.tiny_model import make_longrope_model
 from tests.support.trained_runs import STEP, store_full_run
 from training.checkpoints.store import read_manifest
 from training.inference.checkpoint_model import TrainedModel
@@ -20,18 +19,7 @@ LIMIT, NEW_TOKENS = 16, 6
 def worker(tmp_path_factory: pytest.TempPathFactory) -> _Worker:
     """Return a worker with a model whose RoPE changes above LIMIT tokens."""
     directory = tmp_path_factory.mktemp("longrope")
-    model = make_model(
-        directory / "model",
-        kind=Phi3Config,
-        initializer_range=0.3,
-        original_max_position_embeddings=LIMIT,
-        rope_parameters={
-            "rope_type": "longrope",
-            "rope_theta": 1e4,
-            "short_factor": [1.0] * 8,
-            "long_factor": [1.0 + 4 * dimension for dimension in range(8)],
-        },
-    )
+    model = make_longrope_model(directory / "model", LIMIT)
     run = store_full_run(open_store(str(directory)), "run", model)
     checkpoint = checkpoint_uri(run, STEP)
     config = FinetuneConfig(model_id=str(model), train_path="rows.jsonl", dtype="fp32", device="cpu")
