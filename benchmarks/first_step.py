@@ -27,8 +27,7 @@ from benchmarks.report import rounds_parser, spread, write_report
 from cookbooks.quickstart import prepare
 from cookbooks.quickstart.word_problems import TRAIN_KINDS, write_problems
 from tests.support.tiny_model import make_model
-from tests.support.trained_runs import store_adapter_run
-from utils.storage.bucket import open_store, sync_to_node
+from utils.storage.bucket import sync_to_node
 from utils.storage.embedded_bucket import embedded_bucket
 
 _DTYPE = "fp32"  # a step in bf16 takes a minute on a CPU that emulates it, which is no start
@@ -63,8 +62,10 @@ def main() -> None:
         tiny = make_model(directory / "tiny")
         rows = directory / "train.jsonl"
         rows.write_text(write_problems(TRAIN_KINDS, BATCH_SIZE * WORKERS, 1))
-        lora = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
-        trained = store_adapter_run(open_store(str(directory / "runs")), "trained", model, lora, dtype=_DTYPE)
+        runs = {
+            tree: store_run(tree, directory / f"runs_of_{tree.name}", model)
+            for tree in (PROJECT, options.base)
+        }
         contestants: dict[str, Callable[[], dict[str, Any]]] = {
             "anneal": lambda: train(PROJECT, directory, model, rows, WORKERS),
             "before": lambda: train(options.base, directory, model, rows, WORKERS),
@@ -74,8 +75,8 @@ def main() -> None:
             ),
             "tiny": lambda: train(PROJECT, directory, tiny, rows, 1),
             "tiny_before": lambda: train(options.base, directory, tiny, rows, 1),
-            "chat": lambda: chat(PROJECT, trained),
-            "chat_before": lambda: chat(options.base, trained),
+            "chat": lambda: chat(PROJECT, runs[PROJECT]),
+            "chat_before": lambda: chat(options.base, runs[options.base]),
         }
         for part in options.part or _RATIOS:
             compare(part, contestants, options.rounds)
@@ -117,6 +118,20 @@ def train(tree: Path, directory: Path, model: Path, rows: Path, workers: int) ->
     }
 
 
+def store_run(tree: Path, storage: Path, model: Path) -> str:
+    """Let the code of a directory store a run with an adapter; return its URI. Earlier versions cannot read today's checkpoints."""
+    lora = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+    program = (
+        "from pathlib import Path; from tests.support.trained_runs import store_adapter_run; "
+        "from utils.storage.bucket import open_store; "
+        f"print(store_adapter_run(open_store({str(storage)!r}), 'trained', Path({str(model)!r}), {lora}, dtype={_DTYPE!r}))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tree)}
+    return subprocess.check_output(
+        [sys.executable, "-c", program], cwd=tree, env=environment, text=True
+    ).splitlines()[-1]
+
+
 def chat(tree: Path, run: str) -> dict[str, Any]:
     """Ask a trained model one question with main.py of a directory."""
     question = ["--prompt", "Ada has 3 apples and buys 4 more. How many?", "--max-new-tokens", "4"]
@@ -147,7 +162,8 @@ def timed(tree: Path, arguments: list[str], line: str | None) -> tuple[float, fl
             output = process.stdout.read(1)
             seen = time.time() - began
         output += process.stdout.read()
-        assert process.wait() == 0 and seen, output
+        errors.seek(0)
+        assert process.wait() == 0 and seen, output.decode() + errors.read()
     return seen, cpu.seconds_at_end, output.decode()
 
 
