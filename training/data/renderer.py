@@ -315,20 +315,15 @@ class Renderer:
         if not isinstance(example, Chat | Pair):
             return self._notes_of_headers(headers_in(last.text), "the text")
         said = messages_of(example)
-        written = (header for m in said for header in headers_in(m["content"]))
+        words = "\n".join(m["content"] for m in said)
         asked = (heading for m in said if m["role"] == "user" for heading in headings_in(m["content"]))
-        notes = [*last.notes, *self._notes_of_headers(chain(written, asked), "messages")]
+        notes = [*last.notes, *self._notes_of_headers(chain(headers_in(words), asked), "messages")]
         messages = example.messages if isinstance(example, Chat) else example.prompt
         if isinstance(example, Chat) and len(messages) - 1 in example.untrained:
             notes.append("messages after the last answer in the loss are removed")
-        writers = [
-            m["role"]
-            for m in messages
-            if m["role"] != "assistant" and self.traits.special.search(m["content"])
-        ]
-        if writers:
-            notes.append(f"{writers[0]} messages contain special tokens of the tokenizer")
-        notes += self._notes_of_answers(example)
+        if self.traits.special.search(words):
+            notes += self._notes_of_special_tokens(messages)
+            notes += self._notes_of_answers(example)
         thoughts = (thought_of(m)[0].strip() for m in messages if m["role"] == "assistant")
         texts = [sequence.text for sequence in sequences if isinstance(sequence, Rendered)]
         if any(thought and not any(thought in text for text in texts) for thought in thoughts):
@@ -351,6 +346,13 @@ class Renderer:
                 return [
                     f"{header} in {what} begins a turn of another chat template, and is plain text for this model"
                 ]
+        return []
+
+    def _notes_of_special_tokens(self, messages: Iterable[Message]) -> list[str]:
+        """Return what the plan counts about special tokens in the words of others than the assistant."""
+        for message in messages:
+            if message["role"] != "assistant" and self.traits.special.search(message["content"]):
+                return [f"{message['role']} messages contain special tokens of the tokenizer"]
         return []
 
     def _notes_of_answers(self, example: Chat | Pair) -> list[str]:

@@ -346,7 +346,10 @@ def _settings_of(row: dict[str, Any], reading: RowSchema) -> set[str]:
 def _with_prompt_as_context(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     """Return a row whose prompt excludes its answers from the loss, unless they say that they are in it."""
     name = _name_of(row, columns, "prompt")
-    if row.get(name) is None:
+    prompt = row.get(name)
+    if prompt is None or (
+        isinstance(prompt, str) and not (_written_messages(prompt) or written_turns(prompt))
+    ):
         return row
     messages = _side(row, "prompt", "user", {**columns, "prompt": name})
     if not any(map(is_answer, messages)):
@@ -673,6 +676,8 @@ def _two_turns(question: str, answer: str) -> list[Message]:
 
 def _written_messages(text: str) -> list[Any]:
     """Return the messages that a text holds as JSON; empty if it is another text, such as an answer in JSON."""
+    if not text.lstrip().startswith("["):
+        return []
     try:
         messages = json.loads(text)
     except (ValueError, RecursionError):

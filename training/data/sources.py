@@ -475,10 +475,13 @@ def _too_large(size: int) -> RowError:
     )
 
 
+_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
+
+
 def _parse_line(line: bytes) -> Any:
     try:
         text = line.decode("utf-8-sig" if line.startswith(codecs.BOM_UTF8) else "utf-8")
-        value = json.loads(text, object_pairs_hook=unique_keys)
+        value = _DECODER.decode(text)
     except RowError as error:
         return error
     except UnicodeDecodeError as error:
@@ -509,7 +512,6 @@ def _read_json(stream: io.BufferedReader, uri: str) -> Iterator[tuple[int, Any]]
 
 
 def _read_document(stream: io.BufferedReader, uri: str) -> Iterator[tuple[int, Any]]:
-    decoder = json.JSONDecoder(object_pairs_hook=unique_keys)
     text = _Characters(stream, uri)
     text.skip(" \t\r\n")
     in_array = text.take("[")
@@ -536,7 +538,7 @@ def _read_document(stream: io.BufferedReader, uri: str) -> Iterator[tuple[int, A
             )
         text.skip(" \t\r\n")
         number += 1
-        yield number, _checked_object(text.value(decoder, number), "Write an array of JSON objects")
+        yield number, _checked_object(text.value(_DECODER, number), "Write an array of JSON objects")
 
 
 class _Characters:

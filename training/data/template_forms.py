@@ -79,12 +79,14 @@ def with_one_instruction(example: Chat | Pair) -> Chat | Pair | None:
 def without_empty_thoughts(example: Chat | Pair) -> Chat | Pair | None:
     """Return an example whose answers do not begin with an empty thought in tags; None if none does."""
 
+    def empty_thought(message: Message) -> re.Match[str] | None:
+        return EMPTY_THOUGHT.match(message["content"]) if message["role"] == "assistant" else None
+
     def shortened(message: Message) -> Message:
-        found = EMPTY_THOUGHT.match(message["content"]) if message["role"] == "assistant" else None
+        found = empty_thought(message)
         return {**message, "content": message["content"][found.end() :].lstrip()} if found else message
 
-    shorter = map_messages(example, shortened)
-    return shorter if shorter != example else None
+    return map_messages(example, shortened) if any(map(empty_thought, messages_of(example))) else None
 
 
 def messages_of(example: Chat | Pair) -> list[Message]:

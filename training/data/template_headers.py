@@ -10,8 +10,6 @@ _LAST_MARK = re.compile(r".*[>\]|]\n?")
 _ROLE = re.compile("user|system", re.IGNORECASE)
 _ANY_ROLE = "(?i:system|developer|user|human|assistant|model|chatbot|tool|function|observation|ipython)"
 
-_BEGINNINGS = ("<|", "<\uff5c", "[INST]", "<start_of_turn>")
-"""Prefixes of all headers below, checked first because it is faster."""
 _KNOWN = re.compile(
     r"<\|im_start\|>(?=system|user|assistant)|<\|start\|>(?=system|developer|user|assistant)|<\|start_header_id\|>|<\|header_start\|>"
     r"|<\|(?:system|user|assistant)\|>|<\|START_OF_TURN_TOKEN\|>|<\|start_of_role\|>|<\|turn>|<\uff5c(?:User|Assistant)\uff5c>"
@@ -24,14 +22,15 @@ _HEADINGS = ((re.compile("### Instruction:"), "### Response:"), (re.compile(r"\b
 
 def headers_in(text: str) -> Iterator[str]:
     """Yield the headers of widespread chat templates that stand in a text."""
-    if any(beginning in text for beginning in _BEGINNINGS):
+    if "<" in text or "[INST]" in text:  # quicker, and false for most texts
         yield from (found[0] for found in _KNOWN.finditer(text))
 
 
 def headings_in(text: str) -> Iterator[str]:
     """Yield the heading of the question in a prompt of Alpaca or Vicuna, which ends with the heading of the answer."""
+    end = text.rstrip()
     for question, answer in _HEADINGS:
-        if text.rstrip().endswith(answer) and (found := question.search(text)):
+        if end.endswith(answer) and (found := question.search(text)):
             yield found[0]
 
 
