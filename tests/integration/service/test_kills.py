@@ -121,7 +121,8 @@ class Site:
     def upload(self, in_the_middle: Callable[[], None] = lambda: None, repeats: int = 0) -> str | None:
         """Upload the rows and call a function after the first half; return the file's id, or None without an answer."""
         head = b'--B\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n'
-        head += b'--B\r\nContent-Disposition: form-data; name="file"; filename="rows.jsonl"\r\n\r\n'
+        name = f"rows-{len(self.files)}.jsonl"  # of an earlier upload, a repetition would return that file
+        head += f'--B\r\nContent-Disposition: form-data; name="file"; filename="{name}"\r\n\r\n'.encode()
 
         def content() -> Iterator[bytes]:
             yield head + ROWS[: len(ROWS) // 2]
