@@ -103,48 +103,48 @@ class Site:
         url = f"http://127.0.0.1:{self.port}/v1{path}"
         return requests.request(method, url, headers=headers, timeout=60, **options)
 
-    def ask(self, method: str, path: str, **options: Any) -> Any:
-        """Return the JSON of an answer; repeat the request while the service is being replaced, as clients do."""
+    def ask(self, method: str, path: str, **options: Any) -> tuple[Any, int]:
+        """Return the JSON of an answer, and how often the request was sent: clients repeat it while the service is being replaced."""
         deadline = time.monotonic() + 240
-        for repeats in itertools.count():
+        for attempt in itertools.count(1):
+            sent = {name: option() if callable(option) else option for name, option in options.items()}
             try:
-                answer = self.send(method, path, repeats=repeats, **options)
+                answer = self.send(method, path, repeats=attempt - 1, **sent)
                 if answer.status_code < 500:
                     assert answer.status_code == 200, answer.text
-                    return answer.json()
+                    return answer.json(), attempt
             except requests.RequestException:
                 pass
             assert time.monotonic() < deadline, f"{method} {path} is not answered"
             time.sleep(0.2)
         raise AssertionError
 
-    def upload(self, in_the_middle: Callable[[], None] = lambda: None, repeats: int = 0) -> str | None:
-        """Upload the rows and call a function after the first half; return the file's id, or None without an answer."""
+    def get(self, path: str) -> Any:
+        """Return the JSON of a resource or a list."""
+        return self.ask("GET", path)[0]
+
+    def upload(self, in_the_middle: Callable[[], None] = lambda: None) -> tuple[str, int]:
+        """Upload the rows; call a function after the first half. Return the file's id, and how often it was sent."""
         head = b'--B\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n'
         name = f"rows-{len(self.files)}.jsonl"  # of an earlier upload, a repetition would return that file
         head += f'--B\r\nContent-Disposition: form-data; name="file"; filename="{name}"\r\n\r\n'.encode()
+        interrupt = iter([in_the_middle])
 
         def content() -> Iterator[bytes]:
             yield head + ROWS[: len(ROWS) // 2]
-            in_the_middle()
+            next(interrupt, lambda: None)()
             yield ROWS[len(ROWS) // 2 :] + b"\r\n--B--\r\n"
 
         kind = {"Content-Type": "multipart/form-data; boundary=B"}
-        try:
-            answer = self.send("POST", "/files", repeats=repeats, data=content(), headers=kind)
-        except requests.RequestException:
-            return None
-        if answer.status_code >= 500:
-            return None
-        assert answer.status_code == 200, answer.text
-        self.files.append(answer.json()["id"])
-        return self.files[-1]
+        found, attempts = self.ask("POST", "/files", data=content, headers=kind)
+        self.files.append(found["id"])
+        return self.files[-1], attempts
 
     def create(self, file: str) -> str:
         """Create a job with the same seed as the others; return its id."""
         body = {"model": "tiny", "training_file": file, "seed": 3, "hyperparameters": {"n_epochs": 8}}
         body["metadata"] = {"n": str(time.time_ns())}
-        return self.ask("POST", "/fine_tuning/jobs", json=body)["id"]
+        return self.ask("POST", "/fine_tuning/jobs", json=body)[0]["id"]
 
     def chat(self, model: str, at_first: Callable[[], None] = lambda: None) -> tuple[str, int]:
         """Return the greedy answer of a model and how often it was asked; call a function at the first chunk."""
@@ -172,7 +172,7 @@ class Site:
         raise AssertionError
 
     def job(self, job_id: str) -> Any:
-        return self.ask("GET", f"/fine_tuning/jobs/{job_id}")
+        return self.get(f"/fine_tuning/jobs/{job_id}")
 
     def run(self, job_id: str) -> Any:
         return run_store(S3Store(self.storage), "default", job_id)
@@ -229,9 +229,7 @@ class Undisturbed:
 
 @pytest.fixture(scope="module")
 def undisturbed(site: Site) -> Undisturbed:
-    file = site.upload()
-    assert file
-    job = site.create(file)
+    job = site.create(site.upload()[0])
     site.wait_for(job, "end")
     answer, _ = site.chat(site.job(job)["fine_tuned_model"])
     assert len(answer) > 20
@@ -250,13 +248,8 @@ def disturb(site: Site, kills: list[Kill], expected: Undisturbed) -> list[str]:
 
     if any(at.get(stage) in ("driver", "worker") for stage in ("uploading", "validating", "queued")):
         site.wait_for(start_another(), "first steps")
-    if "uploading" in at:
-        file = site.upload(lambda: site.kill(at["uploading"]))
-        assert file or at["uploading"] in ANSWERING
-        file = file or site.upload(repeats=1)
-    else:
-        file = site.upload()
-    assert file
+    file, attempts = site.upload(lambda: site.kill(at["uploading"]) if "uploading" in at else None)
+    assert attempts == 1 or at.get("uploading") in ANSWERING
     job = site.create(file)
     jobs.insert(0, job)
     for victim, stage in kills:
@@ -283,17 +276,17 @@ def disturb(site: Site, kills: list[Kill], expected: Undisturbed) -> list[str]:
     "kills", JOBS, ids=lambda kills: ", ".join(f"{victim} at {stage}" for victim, stage in kills)
 )
 def test_killed_job_ends_once_with_the_same_weights(site: Site, undisturbed: Undisturbed, kills: list[Kill]):
-    before = [each["id"] for each in site.ask("GET", "/fine_tuning/jobs?limit=100")["data"]]
+    before = [each["id"] for each in site.get("/fine_tuning/jobs?limit=100")["data"]]
     created = disturb(site, kills, undisturbed)
     for job in created:
         assert site.job(job)["status"] == "succeeded", site.job(job)
         assert site.weights_of(job) == undisturbed.weights
-        events = site.ask("GET", f"/fine_tuning/jobs/{job}/events?limit=100")["data"]
+        events = site.get(f"/fine_tuning/jobs/{job}/events?limit=100")["data"]
         assert [event["message"] for event in events].count("The job has successfully completed") == 1
-    jobs = site.ask("GET", "/fine_tuning/jobs?limit=100")["data"]
+    jobs = site.get("/fine_tuning/jobs?limit=100")["data"]
     assert [each["id"] for each in jobs] == [*created, *before]
     results = [file for each in jobs for file in each["result_files"]]
     assert len(results) == len(jobs)
-    stored = [file["id"] for file in site.ask("GET", "/files")["data"]]
+    stored = [file["id"] for file in site.get("/files")["data"]]
     assert sorted(stored) == sorted([*results, *site.files])
-    assert len(site.ask("GET", "/models")["data"]) == 1 + len(jobs)
+    assert len(site.get("/models")["data"]) == 1 + len(jobs)
