@@ -443,7 +443,7 @@ def end_local_head() -> None:
     """End the processes of the local cluster that ray.shutdown does not know, since ray.init did not start all of them."""
     global _local_head
     if _local_head is not None:
-        _local_head.kill_all_processes(check_alive=False, allow_graceful=True)
+        _local_head.kill_all_processes(check_alive=False, allow_graceful=True, wait=True)
         _local_head = None
 
 
