@@ -11,6 +11,7 @@ Exit codes: 0 success; 1 training failed or the cluster was lost; 2 rejected bef
 """
 
 import argparse
+import os
 import platform
 import signal
 import sys
@@ -62,7 +63,12 @@ def main(arguments: list[str]) -> int:
     """Run the command and return its exit code; print an error in one line."""
     raise_signals()
     try:
-        return run_command(arguments)
+        code = run_command(arguments)
+        sys.stdout.flush()  # while the interpreter shuts down, a closed pipe would be an error
+        return code
+    except BrokenPipeError:  # as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except AnnealError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -8,7 +8,7 @@ import re
 import sys
 import textwrap
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -120,6 +120,11 @@ class Conversion:
         self.ours[key] = value
         sources = self.sources.setdefault(key, [])
         sources += [] if source in sources else [source]
+
+    def put_paths(self, key: str, paths: list[str], source: str) -> None:
+        """Set our key to a path, or to the list of several; no path sets nothing."""
+        if paths:
+            self.put(key, paths if len(paths) > 1 else paths[0], source)
 
     def skip(self, key: str, reason: str) -> None:
         """Note that a key needs no counterpart."""
@@ -408,21 +413,16 @@ def _huggingface(conversion: Conversion, path: Path) -> None:
             conversion.put("lora_config.target_modules", None, "lora_target_modules, the default there")
     _huggingface_loss(conversion)
     _settle_strategies(conversion)
+    _settle_sharding(conversion)
 
 
 def _dataset_mixture(conversion: Conversion, items: list[dict[str, Any]], path: Path) -> None:
     """Translate TRL's list of data sets, or that of the alignment handbook, which names a repository by `id`."""
-    paths = [
-        _rows(
-            str(item.get("id") or item.get("path")),
-            path,
-            item.get("config") or item.get("name"),
-            item.get("split"),
-        )
+    sources = [
+        item | {"path": item.get("id") or item.get("path"), "name": item.get("config") or item.get("name")}
         for item in items
     ]
-    if paths:
-        conversion.put("train_path", paths if len(paths) > 1 else paths[0], "datasets")
+    conversion.put_paths("train_path", _loaded(conversion, "datasets", sources, path), "datasets")
     weights = [item.get("weight") for item in items]
     if any(weight not in (None, 1) for weight in weights):
         reason = "all rows of each source are used; `{path: ..., weight: ...}` in `train_path` mixes sources"
@@ -464,6 +464,12 @@ def _settle_strategies(conversion: Conversion) -> None:
             conversion.take(strategy)
 
 
+def _settle_sharding(conversion: Conversion) -> None:
+    """Combine `fsdp` and `fsdp_config`, which may say together what is sharded and offloaded."""
+    if conversion.theirs.get("fsdp") and (config := conversion.take("fsdp_config")):
+        conversion.translate("fsdp", [conversion.take("fsdp"), config], "fsdp and fsdp_config")
+
+
 def _axolotl(conversion: Conversion, path: Path) -> None:
     theirs = conversion.theirs
     preference = conversion.theirs.get("rl")
@@ -472,14 +478,14 @@ def _axolotl(conversion: Conversion, path: Path) -> None:
         for item in rows:
             _axolotl_rows(conversion, item if isinstance(item, dict) else {})
     tests = [item for item in conversion.take_items("test_datasets") if isinstance(item, dict)]
-    if paths := [_axolotl_path(item, path) for item in tests]:
-        conversion.put("valid_path", paths if len(paths) > 1 else paths[0], "test_datasets")
-    if texts := conversion.take_items("pretraining_dataset"):
-        item = texts[0] if isinstance(texts[0], dict) else {"path": texts[0]}
-        conversion.put("train_path", _axolotl_path(item, path), "pretraining_dataset")
+    conversion.put_paths("valid_path", _loaded(conversion, "test_datasets", tests, path), "test_datasets")
+    given = conversion.take_items("pretraining_dataset")
+    if texts := [item if isinstance(item, dict) else {"path": item} for item in given]:
+        paths = _loaded(conversion, "pretraining_dataset", texts, path)
+        conversion.put_paths("train_path", paths, "pretraining_dataset")
         conversion.put("task", "causal_lm", "pretraining_dataset")
-        if item.get("text_column", "text") != "text":
-            conversion.put("columns.text", item["text_column"], "pretraining_dataset.text_column")
+        for column in {item.get("text_column") or "text" for item in texts} - {"text"}:
+            conversion.put("columns.text", column, "pretraining_dataset.text_column")
     if theirs.get("tokenizer_config") == theirs.get("base_model") and conversion.take("tokenizer_config"):
         conversion.skip("tokenizer_config", SAME)
     targets = conversion.theirs.get("lora_target_modules")
@@ -499,6 +505,7 @@ def _axolotl(conversion: Conversion, path: Path) -> None:
         _drop_adapter_keys(conversion, "adapter")
     _axolotl_intervals(conversion)
     _settle_strategies(conversion)
+    _settle_sharding(conversion)
     _axolotl_extras(conversion)
     if isinstance(settings := theirs.get("trl"), dict) and "beta" in settings:
         conversion.translate("rl_beta", settings["beta"], "trl.beta")
@@ -569,10 +576,10 @@ def _axolotl_extras(conversion: Conversion) -> None:
 
 def _axolotl_datasets(conversion: Conversion, rows: list[Any], path: Path, *, preference: bool) -> None:
     items = [item for item in rows if isinstance(item, dict) and item.get("path")]
-    paths = [_axolotl_path(item, path) for item in items]
+    paths = _loaded(conversion, "datasets", items, path)
     if not paths:
         return
-    conversion.put("train_path", paths if len(paths) > 1 else paths[0], "datasets")
+    conversion.put_paths("train_path", paths, "datasets")
     kinds = [item.get("type") for item in items]
     if len({shown(kind) for kind in kinds}) > 1:
         conversion.changes.append(
@@ -595,12 +602,12 @@ def _axolotl_datasets(conversion: Conversion, rows: list[Any], path: Path, *, pr
         natural = ours.partition(".")[2]
         names = [item.get(theirs) or natural for item in items]
         if any(name != names[0] for name in names):
-            reason = "differs between sources, and `columns` holds for all: rename the column in the files"
-            conversion.change(f"datasets.{theirs}", names, reason)
+            conversion.change(f"datasets.{theirs}", names, _DIFFERS)
         elif names[0] not in (natural, "conversations"):
             conversion.put(ours, names[0], f"datasets.{theirs}")
 
 
+_DIFFERS = "differs between sources, and `columns` holds for all: rename the column in the files"
 _MESSAGE_KEYS = "a message has role and content, or from and value"
 _AXOLOTL_ROWS: dict[str, tuple[tuple[Any, ...], str]] = {
     "field_messages": (("messages", "conversations"), "`columns.messages` names the column"),
@@ -689,13 +696,30 @@ def _axolotl_prompt(conversion: Conversion, kind: Mapping[str, Any]) -> None:
         conversion.changes.append("datasets.type.system_prompt: write it at the start of `prompt_template`")
 
 
-def _axolotl_path(item: Mapping[str, Any], path: Path) -> str:
-    files = item.get("data_files")
-    first = files[0] if isinstance(files, list) and files else files
-    name = str(item.get("path"))
-    if first and (name in ("json", "csv", "parquet", "arrow", "text") or not _is_hub_name(name, path)):
-        return str(first) if name in ("json", "csv", "parquet", "arrow", "text") else f"{name}/{first}"
-    return _rows(name, path, item.get("name"), item.get("split"))
+_BUILDERS = ("json", "csv", "parquet", "arrow", "text")
+"""Names that load_dataset takes for files, in place of a dataset."""
+
+
+def _loaded(conversion: Conversion, key: str, items: Iterable[Mapping[str, Any]], path: Path) -> list[str]:
+    """Return the locations of rows that a tool loads with load_dataset: `path`, `data_files`, `name` and `split`."""
+    return [location for item in items for location in _locations(conversion, key, item, path)]
+
+
+def _locations(conversion: Conversion, key: str, item: Mapping[str, Any], path: Path) -> list[str]:
+    name, split, given = str(item.get("path")), item.get("split"), item.get("data_files")
+    if isinstance(given, dict):  # the files of each split
+        given = given.get(split or "train")
+    files = [str(file) for file in (given if isinstance(given, list) else [given] if given else [])]
+    if _is_hub_name(name, path):
+        if files:
+            reason = f"all files of {name} are read: download these, and name them in `train_path`"
+            conversion.change(f"{key}.data_files", files, reason)
+        return [hub_dataset(name, item.get("name"), split)]
+    if split not in (None, "train"):
+        conversion.change(f"{key}.split", split, "all rows are read: name a file that has only these rows")
+    if not files:
+        return [name]
+    return files if name in _BUILDERS else [f"{name}/{file}" for file in files]
 
 
 def _rows(name: str, path: Path, config: str | None = None, split: str | None = None) -> str:
@@ -715,12 +739,16 @@ def _is_hub_name(name: str, path: Path) -> bool:
 
 def _llamafactory(conversion: Conversion, path: Path) -> None:
     directory = str(conversion.take("dataset_dir", "data"))
+    described: list[dict[str, str]] = []
     for theirs, ours in (("dataset", "train_path"), ("eval_dataset", "valid_path")):
         items = conversion.take_items(theirs)
         names = [name.strip() for item in items for name in str(item).split(",") if name.strip()]
         if names:
-            paths = [_llamafactory_rows(conversion, name, directory, path, theirs) for name in names]
-            conversion.put(ours, paths if len(paths) > 1 else paths[0], f"{theirs} in dataset_dir")
+            paths = [
+                _llamafactory_rows(conversion, name, directory, path, theirs, described) for name in names
+            ]
+            conversion.put_paths(ours, paths, f"{theirs} in dataset_dir")
+    _put_columns(conversion, described)
     kind = conversion.take("finetuning_type", "lora")
     if kind == "lora":
         conversion.put("lora_config", {}, "finetuning_type")
@@ -755,8 +783,10 @@ def _llamafactory_rank(conversion: Conversion) -> None:
         )
 
 
-def _llamafactory_rows(conversion: Conversion, name: str, directory: str, path: Path, key: str) -> str:
-    """Return the location of a data set that dataset_info.json describes."""
+def _llamafactory_rows(
+    conversion: Conversion, name: str, directory: str, path: Path, key: str, described: list[dict[str, str]]
+) -> str:
+    """Return the location of a data set that dataset_info.json describes, and add its columns to those of the others."""
     if directory == "ONLINE":
         return hub_dataset(name)
     if directory.startswith("REMOTE:"):
@@ -771,22 +801,59 @@ def _llamafactory_rows(conversion: Conversion, name: str, directory: str, path: 
             f"{key}: {name}: {directory}/dataset_info.json does not describe it here: check the path of the file"
         )
         return f"{directory}/{name}.json"
-    columns, tags = (
-        value if isinstance(value, dict) else {} for value in (entry.get("columns"), entry.get("tags"))
-    )
     if entry.get("ranking"):
         conversion.put("data_format", "preference", key)
-    renamed = (
-        {"prompt": "instruction", "query": "input", "response": "output", "history": "history"}
-        if entry.get("formatting", "alpaca") == "alpaca" and not entry.get("ranking")
-        else {"messages": "conversations" if not tags.get("role_tag") else "messages"}
-    )
-    for theirs, ours in {**renamed, "system": "system"}.items():
-        if columns.get(theirs) not in (None, ours):
-            conversion.put(f"columns.{ours}", columns[theirs], f"{key}.columns.{theirs}")
+    described.append(_llamafactory_columns(conversion, entry, key))
     if entry.get("hf_hub_url"):
         return hub_dataset(entry["hf_hub_url"], entry.get("subset"), entry.get("split"))
     return f"{directory}/{entry.get('file_name') or f'{name}.json'}"
+
+
+_LLAMAFACTORY_COLUMNS = {
+    "system": "system",
+    "tools": "tools",
+    "history": "history",
+    "chosen": "chosen",
+    "rejected": "rejected",
+    "kto_tag": "label",
+}
+"""Column of dataset_info.json -> ours."""
+_LLAMAFACTORY_PROMPT = {"prompt": "instruction", "query": "input", "response": "output"}
+_RECOGNIZED = {"label": "kto_tag"}
+"""Our column -> another name that is recognized."""
+
+
+def _llamafactory_columns(conversion: Conversion, entry: Mapping[str, Any], key: str) -> dict[str, str]:
+    """Return the columns of a data set that dataset_info.json describes: our name -> the name in its files."""
+    columns, tags = (
+        value if isinstance(value, dict) else {} for value in (entry.get("columns"), entry.get("tags"))
+    )
+    names, defaults = dict(_LLAMAFACTORY_COLUMNS), dict[str, str]()
+    if (entry.get("formatting") or "alpaca") != "alpaca":
+        names["messages"] = "messages" if tags.get("role_tag") else "conversations"
+    elif conversion.theirs.get("stage") == "pt":
+        names["prompt"], defaults = "text", {"text": "instruction"}
+    else:
+        names |= _LLAMAFACTORY_PROMPT
+        defaults = {name: name for name in _LLAMAFACTORY_PROMPT.values()}
+    for theirs, column in columns.items():
+        if theirs not in names:
+            conversion.change(f"{key}.columns.{theirs}", column, "is not read")
+        elif column is not None:
+            defaults[names[theirs]] = column
+    if {tags.get("role_tag"), tags.get("content_tag")} - {None, "from", "role", "value", "content"}:
+        conversion.change(f"{key}.tags", tags, _MESSAGE_KEYS)
+    return defaults
+
+
+def _put_columns(conversion: Conversion, described: list[dict[str, str]]) -> None:
+    """Write the columns of all data sets, and report those that differ between them."""
+    for ours in dict.fromkeys(name for columns in described for name in columns):
+        names = list(dict.fromkeys(columns[ours] for columns in described if ours in columns))
+        if len(names) > 1:
+            conversion.change("dataset.columns", names, _DIFFERS)
+        elif names[0] not in (ours, _RECOGNIZED.get(ours)):
+            conversion.put(f"columns.{ours}", names[0], "dataset.columns")
 
 
 def _dataset_info(directory: str, path: Path) -> dict[str, Any]:
@@ -822,12 +889,9 @@ def _torchtune(conversion: Conversion, path: Path) -> None:
     name = str(conversion.take("dataset._component_", "")).rpartition(".")[2]
     source, files = conversion.take("dataset.source"), conversion.take("dataset.data_files")
     split = conversion.take("dataset.split")
-    if source in ("json", "csv", "parquet", "text") and files:
-        conversion.put("train_path", files, "dataset.data_files")
-    elif source or name in _TORCHTUNE_DATASETS:
-        conversion.put(
-            "train_path", _rows(str(source or _TORCHTUNE_DATASETS[name]), path, None, split), "dataset"
-        )
+    if source or name in _TORCHTUNE_DATASETS:
+        rows = {"path": source or _TORCHTUNE_DATASETS[name], "data_files": files, "split": split}
+        conversion.put_paths("train_path", _loaded(conversion, "dataset", [rows], path), "dataset")
     if name.startswith("alpaca"):
         on_input = conversion.take("dataset.train_on_input", True)
         conversion.put("task", "causal_lm" if on_input else "instruction_tuning", "dataset.train_on_input")

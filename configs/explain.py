@@ -24,11 +24,17 @@ from configs.yaml_source import (
 )
 from configs.yaml_writer import flow
 
+_IS_NO_SECTION = "is not a section"
+
 
 def field_problems(document: Document, errors: list[ErrorDetails]) -> Iterator[Problem]:
     """Yield pydantic's errors as problems: one per value, and none for a value that has a problem already."""
     problems = list(_all_problems(document, errors))
     meant = {name for problem in problems for name in re.findall(r"did you mean `([\w.]+)", problem.text)}
+    for problem in problems:
+        value = document.data.get(problem.path[0]) if len(problem.path) == 1 else None
+        if isinstance(value, dict) and _IS_NO_SECTION in problem.text:
+            meant |= value.keys()
     for problem in problems:
         if not (problem.is_missing and dotted(problem.path) in meant):
             yield problem
@@ -102,11 +108,11 @@ def _explain(document: Document, path: KeyPath, errors: list[ErrorDetails]) -> I
         yield Problem(path, origin, _unknown_key(document, path, value))
     elif of_key := [error for error in errors if error["loc"][-1] == "[key]"]:
         is_choice = of_key[0]["type"] == "literal_error"
-        expected = f"one of {_choices(of_key[0])}" if is_choice else _phrase(of_key[0])
+        expected = _choices(of_key[0]) if is_choice else _phrase(of_key[0])
         value = document.data.get(path[0], {}).get(path[-1]) if len(path) == 2 else None
         if is_choice and isinstance(value, str) and value in _choices_list(of_key[0]):
             expected = f"our name first: `{{{value}: {dotted(path[-1:])}}}`"
-        yield Problem(path, origin, f"`{dotted(path)}` is not a key of `{dotted(path[:-1])}`: use {expected}")
+        yield Problem(path, origin, f"`{dotted(path)}` is not a key: use {expected}")
     else:
         value = errors[0]["input"]
         yield Problem(path, origin, f"`{dotted(path)}` is {shown(value)}: {_fix(path, value, errors)}")
@@ -143,6 +149,9 @@ _BETTER_PHRASES = {
 
 _LIMITS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
 """Pydantic's errors about a number that is too small or too large."""
+
+
+_OR_REMOVE = ", or remove the key"
 
 
 def _expected(path: KeyPath, errors: list[ErrorDetails]) -> str:
@@ -183,7 +192,7 @@ def _phrase(error: ErrorDetails) -> str:
         case "finite_number":
             return "a finite number"
         case "string_too_short":
-            return "some text, or remove the key"
+            return f"some text{_OR_REMOVE}"
         case "string_too_long":
             return f"at most {limits['max_length']} characters"
         case "too_short":
@@ -205,11 +214,11 @@ def _choices(error: ErrorDetails) -> str:
 
 def _fix(path: KeyPath, value: Any, errors: list[ErrorDetails]) -> str:
     """Return what to write instead of a value: the setting that is probably meant, else the accepted values with a hint."""
-    if value is None:
+    if value in (None, ""):
         return (
             _to_write(_help(path))
             if _is_required(path)
-            else f"{_expected(path, errors)}, or remove the key to use its default"
+            else f"{_expected(path, errors).removesuffix(_OR_REMOVE)}{_OR_REMOVE} to use its default"
         )
     instead, reason = _other_tools_value(path, value)
     if instead:
@@ -220,7 +229,7 @@ def _fix(path: KeyPath, value: Any, errors: list[ErrorDetails]) -> str:
     if (sections := _sections_at(path)) and not kinds - {"dict_type", "model_type", "model_attributes_type"}:
         return _section_fix(path, value, sections)
     if path[-1] in ("train_path", "valid_path") and isinstance(value, dict):
-        return f"write a path, or a list of paths such as `{path[-1]}: [{{path: a.jsonl, weight: 2}}, {{path: b.jsonl, weight: 1}}]`"
+        return f"write a path, or a list such as `{path[-1]}: [{{path: a.jsonl, weight: 2}}, ...]`"
     expected, hint = _expected(path, errors), _hint(value, errors)
     if len(expected) > _LONG and hint.startswith(_MEANT):
         return hint.strip(" ()")  # the line stays within two lines of a terminal
@@ -245,7 +254,8 @@ def _hint(value: Any, errors: list[ErrorDetails]) -> str:
         and not isinstance(plain_scalar(value), str)
     ):
         return " (write numbers without quotes)"
-    if isinstance(value, float) and "int_type" in kinds and value.is_integer() and abs(value) < 1e15:
+    is_whole = isinstance(value, float) and value.is_integer() and abs(value) < 1e15
+    if is_whole and "int_type" in kinds and not kinds.intersection(_LIMITS):
         return f": {int(value)}"
     if isinstance(value, str) and "literal_error" in kinds:
         choices = [choice for error in errors for choice in _choices_list(error)]
@@ -305,35 +315,57 @@ def _is_near_a_choice(path: KeyPath, value: Any) -> bool:
     return isinstance(value, str) and bool(difflib.get_close_matches(value.lower(), choices, n=1))
 
 
-_OTHER_VALUES = {
-    ("task", "dpo"): "write `task: preference_tuning`, whose default loss is dpo",
-    ("task", "sft"): "write `task: instruction_tuning`",
-    ("task", "pt"): "write `task: causal_lm`",
-    ("task", "pretrain"): "write `task: causal_lm`",
-    ("task", "pretraining"): "write `task: causal_lm`",
-    ("dtype", "fp16"): other_tools.NO_FP16,
-    ("dtype", "float16"): other_tools.NO_FP16,
-    (
-        "checkpoint_and_evaluation_frequency",
-        "epochs",
-    ): "write `checkpoint_and_evaluation_frequency: {unit: epochs}`",
-    (
-        "checkpoint_and_evaluation_frequency",
-        "epoch",
-    ): "write `checkpoint_and_evaluation_frequency: {unit: epochs}`",
-    (
-        "resume_from_checkpoint",
-        True,
-    ): "remove the key and run the same command again: a run resumes from its latest checkpoint",
-    ("eval_steps", "epoch"): "remove the key: after each epoch is the default",
-    ("save_steps", "epoch"): "remove the key: after each epoch is the default",
-    ("logger", "none"): "remove the key: without it, metrics are only in the run's own files",
-    ("resume", True): "write `resume: auto`, the default",
-    ("resume", False): "write `resume: never`",
-} | {
-    ("task", loss): f"write `task: preference_tuning` and `preference_tuning_config: {{loss: {loss}}}`"
-    for loss in ("ipo", "orpo", "kto")
-}
+_OTHER_VALUES = (
+    {
+        ("task", "dpo"): "write `task: preference_tuning`, whose default loss is dpo",
+        ("task", "sft"): "write `task: instruction_tuning`",
+        ("task", "pt"): "write `task: causal_lm`",
+        ("task", "pretrain"): "write `task: causal_lm`",
+        ("task", "pretraining"): "write `task: causal_lm`",
+        ("dtype", "fp16"): other_tools.NO_FP16,
+        ("dtype", "float16"): other_tools.NO_FP16,
+        (
+            "checkpoint_and_evaluation_frequency",
+            "epochs",
+        ): "write `checkpoint_and_evaluation_frequency: {unit: epochs}`",
+        (
+            "checkpoint_and_evaluation_frequency",
+            "epoch",
+        ): "write `checkpoint_and_evaluation_frequency: {unit: epochs}`",
+        (
+            "resume_from_checkpoint",
+            True,
+        ): "remove the key and run the same command again: a run resumes from its latest checkpoint",
+        ("eval_steps", "epoch"): "remove the key: after each epoch is the default",
+        ("save_steps", "epoch"): "remove the key: after each epoch is the default",
+        ("logger", "none"): "remove the key: without it, metrics are only in the run's own files",
+        ("deepspeed", "none"): "remove the key: without it, DeepSpeed is not used",
+        ("resume", True): "write `resume: auto`, the default",
+        ("resume", False): "write `resume: never`",
+    }
+    | {
+        ("task", loss): f"write `task: preference_tuning` and `preference_tuning_config: {{loss: {loss}}}`"
+        for loss in ("ipo", "orpo", "kto")
+    }
+    | {
+        (
+            "preference_tuning_config.loss",
+            loss,
+        ): f"there is no preference loss {loss}: use dpo, ipo, orpo or kto"
+        for loss in ("simpo", "cpo", "rpo", "sppo", "hinge")
+    }
+    | {
+        ("data_format", name): f"write `data_format: {ours}`"
+        for name, ours in {
+            "sharegpt": "conversations",
+            "alpaca": "instruction",
+            "chatml": "messages",
+            "openai": "messages",
+            "dpo": "preference",
+            "completion": "text",
+        }.items()
+    }
+)
 
 
 def _section_fix(path: KeyPath, value: Any, sections: list[type[Section]]) -> str:
@@ -396,7 +428,7 @@ _OTHER_NAMES = {
         "device": "accelerator",
         "device: cuda": "use_gpu",
         "dtype": "precision mixed_precision",
-        "lora_config": "lora peft peft_args lora_args qlora qlora_config",
+        "lora_config": "lora peft peft_args peft_config lora_args qlora qlora_config",
         "lora_config.r": "rank lora_rank",
         "load_in_4bit": "quantization quantize quantization_config bnb_config bnb_4bit use_4bit",
         "kernels: unsloth": "unsloth",
@@ -409,6 +441,7 @@ _OTHER_NAMES = {
         "train_batch_size_per_device": "per_device_batch_size batch_size_per_device device_batch_size per_gpu_train_batch_size",
         "gradient_accumulation_steps": "grad_accum grad_acc grad_accumulation accumulation_steps accumulate_grad_batches",
         "num_warmup_steps": "warmup n_warmup_steps",
+        "max_grad_norm": "gradient_clipping gradient_clip_val grad_clip grad_norm_clip clip_grad",
         "valid_split": "test_size validation_split eval_ratio",
         "model_id": "model model_name model_path base_model_name_or_path pretrained_model_name_or_path",
         "train_path": "train_file train_files train_data train_dataset training_data data data_path dataset_path "
@@ -442,11 +475,13 @@ def _unknown_key(document: Document, path: KeyPath, value: Any) -> str:
         return f"`{key}` is not a key: remove it, and write the system message into the rows (a message, or a column `system`)"
     if len(path) == 1 and isinstance(value, dict) and "_component_" in value:
         return f"`{key}` is a component of torchtune: remove it (`model_id` names the model; `main.py convert` translates complete files)"
+    if len(path) == 1 and isinstance(value, dict) and _sections_at((_OTHER_NAMES.get(key, ""),)):
+        return f"`{key}` is not a key: did you mean `{_OTHER_NAMES[key]}`?"
     if key in path[:-1] and isinstance(value, dict):
         return f"`{dotted(path)}` is not a key: write its keys directly into `{dotted(path[:-1])}`"
     if len(path) == 1 and isinstance(value, dict) and any(map(_is_known, value)):
         names = ", ".join(dotted((name,)) for name in list(value)[:3])
-        return f"`{key}` is not a section: write its keys ({names}) at the top level"
+        return f"`{key}` {_IS_NO_SECTION}: write its keys ({names}) at the top level"
     if path[0] == "checkpoint_and_evaluation_frequency" and key in ("steps", "epochs"):
         return f"`{dotted(path)}` is not a key: write `{path[0]}: {{unit: {key}, frequency: {shown(value)}}}`"
     if len(path) == 1 and key in _OTHER_NAMES:

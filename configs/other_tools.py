@@ -5,6 +5,7 @@ TRL 1.15, Axolotl 0.19, LLaMA-Factory 0.9.5 and torchtune 0.6.1, with names of e
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -54,8 +55,9 @@ def _fraction(value: Any) -> float:
 
 
 def _count(value: Any) -> int | float | None:
-    """Return a number; None for zero and null, which turn a limit off."""
-    return number(value) or None if value is not None else None
+    """Return a number; None for zero, -1 and null, which turn a limit off."""
+    count = number(value) if value is not None else 0
+    return count if count > 0 else None
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,8 @@ def deepspeed_setting(value: Any) -> Any:
         raise NoCounterpartError(
             "an inline DeepSpeed configuration goes into a JSON file: write `deepspeed: {config_path: FILE}`"
         )
+    if value in ("none", "None", "off"):
+        return None
     if value in (1, 2, 3) or str(value) in ("1", "2", "3"):
         return f"zero_{value}"
     if isinstance(value, int):
@@ -317,7 +321,14 @@ def _checkpointing(value: Any) -> Any:
 
 
 def _fsdp(value: Any) -> Any:
-    return "zero_3" if value and value not in ("", "no_shard", []) else None
+    """Return the stage that shards as FSDP does, from `fsdp`, `fsdp_config` or both of them in a list."""
+    text = str(value).lower()
+    if not value or "no_shard" in text:
+        return None
+    if re.search(r"(^|\W)offload\b|offload_params'?: true", text):
+        return "zero_3_offload_optim+param"
+    keeps_weights = "shard_grad_op" in text or re.search(r"reshard_after_forward'?: false", text)
+    return "zero_2" if keeps_weights else "zero_3"
 
 
 def _8bit(value: Any) -> None:
@@ -443,6 +454,7 @@ TABLE: tuple[Counterpart, ...] = (
     ),
     Counterpart("a", "sdp_attention", None, note="PyTorch's attention is the default"),
     Counterpart("l", "rope_scaling", None, note="the context is the model's own", differs=True),
+    Counterpart("h", "pad_token", None, note="the token is the model's own; padding is never in the loss"),
     # Rows
     Counterpart("h", "dataset_name", "train_path", lambda value: hub_dataset(value)),
     Counterpart("a", "datasets", "train_path", _paths),
@@ -608,6 +620,13 @@ TABLE: tuple[Counterpart, ...] = (
         _cosine_floor,
     ),
     Counterpart("t", "clip_grad_norm", "max_grad_norm"),
+    Counterpart(
+        "h",
+        "optim_args",
+        None,
+        note="write `adam_beta1`, `adam_beta2` and `adam_epsilon`",
+        differs=True,
+    ),
     Counterpart("hal", "neftune_noise_alpha", None, note="NEFTune is not supported", differs=True),
     Counterpart("h", "label_smoothing_factor", None, note="label smoothing is not supported", differs=True),
     Counterpart("al", "loraplus_lr_ratio", None, note="LoRA+ is not supported", differs=True),
@@ -716,6 +735,9 @@ TABLE: tuple[Counterpart, ...] = (
     Counterpart("h", "loss_type", "preference_tuning_config.loss", _loss),
     Counterpart("a", "orpo_alpha", "preference_tuning_config.beta", _fraction),
     # Evaluation, checkpoints, results
+    Counterpart(
+        "h", "eval_delay", None, note="the first evaluation is after the first `eval_steps`", differs=True
+    ),
     Counterpart("hl", "eval_on_start", "eval_first", bool),
     Counterpart(
         "hal",
@@ -825,6 +847,14 @@ TABLE: tuple[Counterpart, ...] = (
     Counterpart("hl", "use_cpu", "device", _if("cpu")),
     Counterpart("a", "use_ray", None, note="every run is a Ray job"),
     Counterpart("a", "context_parallel_size", "sequence_parallel_size", _max_devices),
+    Counterpart("t", "context_parallel_dim", "sequence_parallel_size", _max_devices),
+    Counterpart(
+        "t",
+        "tensor_parallel_dim",
+        None,
+        note="use `deepspeed: zero_3` for models that do not fit on one device",
+        same=(1,),
+    ),
     Counterpart(
         "a",
         "tensor_parallel_size",
@@ -837,7 +867,7 @@ TABLE: tuple[Counterpart, ...] = (
 NOT_NEEDED = {  # reason -> keys
     "`num_devices` counts the devices of all nodes": "num_nodes nnodes num_machines",
     _ENVIRONMENT: "local_rank world_size ddp ddp_timeout ddp_find_unused_parameters device_map ddp_bucket_cap_mb ddp_backend dp_shard_size "
-    "dp_replicate_size ray_init_kwargs",
+    "dp_replicate_size data_parallel_shard_dim data_parallel_replicate_dim accelerator_config parallelism_config ray_init_kwargs",
     "rows are tokenized once and cached with the run": (
         "dataset_prepared_path dataset_processes dataset_num_proc preprocessing_num_workers overwrite_cache dataloader_num_workers "
         "dataloader_pin_memory dataloader_prefetch_factor remove_unused_columns dataset_keep_in_memory tokenized_path"
@@ -852,7 +882,11 @@ NOT_NEEDED = {  # reason -> keys
     "logging_strategy include_tokens_per_second include_num_input_tokens_seen profiler metric_logger",
     "it is not used": "strict debug wandb_watch wandb_log_model wandb_run_id wandb_mode use_wandb use_mlflow save_first_step hub_strategy "
     "hf_use_auth_token xformers_attention lora_on_cpu fsdp_version low_cpu_mem_usage loss save_adapter_weights_only "
-    "enable_activation_offloading ray_scheduler eot_tokens experimental_skip_move_to_device greater_is_better dataloader_drop_last gc_steps",
+    "enable_activation_offloading ray_scheduler eot_tokens experimental_skip_move_to_device greater_is_better dataloader_drop_last gc_steps eval_accumulation_steps batch_eval_metrics torch_empty_cache_steps enable_jit_checkpoint "
+    "restore_callback_states_from_checkpoint label_names precompute_ref_batch_size prediction_loss_only",
+    "validation rows are packed as training rows are": "eval_packing",
+    "padding is never in the loss": "padding_free",
+    _KERNELS: "liger_kernel_config",
 }
 
 SAME_NAME = frozenset(

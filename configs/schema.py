@@ -1333,8 +1333,7 @@ def _batch_conflicts(config: FinetuneConfig) -> Iterator[tuple[str, str]]:
         if rows is not None:
             yield (
                 "train_batch_size",
-                "`train_batch_size` requires `train_batch_size_per_device: auto`: add that, or remove `train_batch_size` (a step uses "
-                "train_batch_size_per_device x num_devices x gradient_accumulation_steps rows)",
+                "`train_batch_size` requires `train_batch_size_per_device: auto`: add that, or remove `train_batch_size`",
             )
         return
     if rows is None:

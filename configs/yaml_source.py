@@ -232,8 +232,10 @@ def _events(text: str, origin_at: Callable[[int], Origin]) -> Iterator[yaml.Even
             f"file as plain text"
         ) from error
     except yaml.MarkedYAMLError as error:
-        if error.problem_mark is not None:
-            line = error.problem_mark.line + 1
+        # A missing colon is noticed in the next line.
+        mark = error.context_mark if _NO_COLON in (error.problem or "") else error.problem_mark
+        if mark is not None:
+            line = mark.line + 1
         raise ConfigError(
             f"{origin_at(line).label}: not valid YAML: {_advice(error.problem or '')}"
         ) from error
@@ -244,7 +246,12 @@ def _events(text: str, origin_at: Callable[[int], Origin]) -> Iterator[yaml.Even
         ) from error
 
 
+_NO_COLON = "could not find expected ':'"
+
+
 def _advice(problem: str) -> str:
+    if _NO_COLON in problem:
+        return f"{problem}: write `key: value`, with a space after the colon"
     if "mapping values are not allowed" in problem:
         return f"{problem}: check the indentation, and quote text that contains `: `"
     if "',' or '}'" in problem:

@@ -31,7 +31,7 @@ from training.planning.endpoints import (
 from training.planning.paths import needs_embedded_bucket
 from utils.arguments import add_json_option, positive
 from utils.console import open_consoles
-from utils.errors import AnnealError
+from utils.errors import AnnealError, last_line
 from utils.processes import record_signals, restore_handlers, run_in_own_session
 from utils.storage.bucket import check_writable
 from utils.storage.embedded_bucket import STATE_VARIABLE, embedded_bucket, state_directory
@@ -295,7 +295,7 @@ class _Run:
             )
         except (RayError, RayServeException, TimeoutError, ValueError) as error:
             raise ServiceError(
-                f"Serve cannot start the service at host: {config.host}, port: {config.port}: {_last_line(str(error))}"
+                f"Serve cannot start the service at host: {config.host}, port: {config.port}: {last_line(error)}"
             ) from error
         # A service that already ran, and its jobs, must survive an update that fails or is interrupted. A process that
         # replaces nothing owns from here on only: another may replace it before it is running.
@@ -457,12 +457,8 @@ def _reason(application: Any) -> str:
     """Return the deployment of an application that failed, and the error of its replica."""
     for name, deployment in application.deployments.items():
         if deployment.status == "DEPLOY_FAILED":
-            return f"{name}: {_last_line(deployment.message)}"
+            return f"{name}: {last_line(deployment.message)}"
     return application.message
-
-
-def _last_line(traceback: str) -> str:
-    return next(reversed(traceback.strip().splitlines()), "no reason given").strip()
 
 
 def _stop_drivers(signals: list[int]) -> None:

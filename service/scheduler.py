@@ -62,6 +62,7 @@ from service.progress import Progress
 from service.records import Record
 from training.checkpoints.lease import LeaseError, check_lease, held_lease
 from training.loop.ray_internals import autoscaler_maximum, has_node_groups
+from utils.errors import last_line
 from utils.storage.bucket import AlreadyExistsError, BucketError, join_uri
 from utils.storage.s3 import S3Store
 
@@ -72,6 +73,7 @@ _METRICS_SECONDS = 3.0
 _SWEEP_SECONDS = 3600.0
 _MAX_ATTEMPTS = 8
 _LONGEST_DELAY_SECONDS = 60.0
+_MAX_REASON_CHARACTERS = 500
 
 _log = logging.getLogger("service.scheduler")
 
@@ -251,7 +253,9 @@ class Scheduler:
         try:
             checked: Checked = ray.get(running)
         except ray.exceptions.RayError as error:
-            self._failed_attempt(project, job, f"the files could not be checked: {_last_line(error)}")
+            self._failed_attempt(
+                project, job, f"the files could not be checked: {last_line(error)[:_MAX_REASON_CHARACTERS]}"
+            )
             return
         if checked.needs is None:
             message = self._with_file_ids(project, job, checked.error)
@@ -477,9 +481,3 @@ def _sum(amounts: Any) -> dict[str, float]:
         for name, amount in each.items():
             total[name] = total.get(name, 0.0) + amount
     return total
-
-
-def _last_line(error: Exception) -> str:
-    return next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)[
-        :500
-    ]

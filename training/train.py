@@ -123,55 +123,27 @@ def _report_lost_driver(loaded: LoadedConfig, options: Options, screen: Screen, 
     from training.launch.display import show_error
     from training.planning.paths import scratch_directory
 
+    causes = {
+        "SIGKILL": "SIGKILL usually comes from the kernel when memory runs out. ",
+        "exit code 1": "Ray ends a process whose raylet has exited. ",
+    }
     show_error(
         screen.progress,
-        f"the driver process was terminated ({how}). SIGKILL usually comes from the kernel when memory runs out. Its library output is "
-        f"in {scratch_directory(loaded.config) / 'logs'}. The same command resumes from the latest checkpoint, or starts again if there "
+        f"the driver process was terminated ({how}). {causes.get(how, '')}Its library output is in "
+        f"{scratch_directory(loaded.config) / 'logs'}. The same command resumes from the latest checkpoint, or starts again if there "
         f"is none: {shlex.join(options.command)}",
     )
 
 
 def plan_and_train(loaded: LoadedConfig, options: Options, screen: Screen, began: float) -> int:
     """Plan the run, train it unless this is a dry run, and print the result; return the exit code."""
-    target = options.target
-    set_ray_environment(target)
+    set_ray_environment(options.target)
     block_imports(unused_packages(loaded.config))
     with importing():
-        from training.launch.display import Watch, show_completed, show_error, show_plan, show_result
-        from training.planning.paths import make_scratch_directory, scratch_errors
+        from training.launch.display import show_error
 
     try:
-        scratch = make_scratch_directory(loaded.config)
-        driver_log = scratch / "logs" / f"{loaded.path.stem}-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}.log"
-        with ExitStack() as stack:
-            stack.enter_context(scratch_errors(scratch))
-            stack.enter_context(library_output_in(driver_log))
-            watch = stack.enter_context(Watch(screen.progress))
-            _reach_cluster_and_bucket(loaded, target, stack, watch)
-            workers = on_cluster = None
-            if not options.dry_run:
-                workers = stack.enter_context(_head_start(loaded, target))
-                on_cluster = stack.enter_context(_rows_on_cluster(loaded, target))
-            with importing():
-                from training.planning.planner import make_plan
-
-            plan, report, prepared = make_plan(
-                loaded, target=target, progress=watch.checking, on_cluster=on_cluster
-            )
-            if options.dry_run:
-                report = _with_cluster(plan, report, watch)
-                with watch.paused():
-                    show_plan(screen.main, report)
-                    if report.completed:
-                        show_completed(screen.main)
-                    _write_dry_run(loaded, report, options, screen)
-                return DONE
-            if report.completed:
-                with watch.paused():
-                    show_completed(screen.main)
-                result = report.completed
-            else:
-                result = _train(plan, report, prepared, options, screen, watch, began, driver_log, workers)
+        result = _plan_and_train(loaded, options, screen, began)
     except AnnealError as error:
         show_error(screen.progress, str(error))
         return error.exit_code
@@ -182,12 +154,55 @@ def plan_and_train(loaded: LoadedConfig, options: Options, screen: Screen, began
             f"stopped by {stopped.name} before training started. Nothing was trained; the same command starts again.",
         )
         return stopped.exit_code
-    show_result(screen.main, result, options.command, trains_adapter=loaded.config.trains_adapter)
+    return DONE if result is None else _finish(result, loaded.config, options, screen)
+
+
+def _plan_and_train(
+    loaded: LoadedConfig, options: Options, screen: Screen, began: float
+) -> "RunResult | None":
+    """Plan the run and train it, unless it is completed, and return its result. In a dry run, print the plan and return None."""
+    with importing():
+        from training.launch.display import Watch, show_completed
+        from training.planning.paths import make_scratch_directory, scratch_errors
+
+    target = options.target
+    scratch = make_scratch_directory(loaded.config)
+    driver_log = scratch / "logs" / f"{loaded.path.stem}-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}.log"
+    with ExitStack() as stack:
+        stack.enter_context(scratch_errors(scratch))
+        stack.enter_context(library_output_in(driver_log))
+        watch = stack.enter_context(Watch(screen.progress))
+        _reach_cluster_and_bucket(loaded, target, stack, watch)
+        workers = on_cluster = None
+        if not options.dry_run:
+            workers = stack.enter_context(_head_start(loaded, target))
+            on_cluster = stack.enter_context(_rows_on_cluster(loaded, target))
+        with importing():
+            from training.planning.planner import make_plan
+
+        plan, report, prepared = make_plan(
+            loaded, target=target, progress=watch.checking, on_cluster=on_cluster
+        )
+        if options.dry_run:
+            _show_dry_run(loaded, _with_cluster(plan, report, watch), options, screen, watch)
+            return None
+        if report.completed:
+            with watch.paused():
+                show_completed(screen.main)
+            return report.completed
+        return _train(plan, report, prepared, options, screen, watch, began, driver_log, workers)
+
+
+def _finish(result: "RunResult", config: FinetuneConfig, options: Options, screen: Screen) -> int:
+    """Print the result, and export a completed run if the YAML says so; return the exit code."""
+    from training.launch.display import show_error, show_result
+
+    show_result(screen.main, result, options.command, trains_adapter=config.trains_adapter)
     if result.status == "failed":
         show_error(screen.progress, result.reason)
     exported = DONE
-    if result.status == "completed" and loaded.config.final_export:
-        exported = export_completed(result.run_uri, loaded.config, screen)
+    if result.status == "completed" and config.final_export:
+        exported = export_completed(result.run_uri, config, screen)
     screen.print_json(result.model_dump_json())
     return exported or result.exit_code
 
@@ -265,16 +280,23 @@ def _with_cluster(plan: "RunPlan", report: "PlanReport", watch: "Watch") -> "Pla
     return report.model_copy(update={"cluster": ask_cluster(workers_of(plan), address)})
 
 
-def _write_dry_run(loaded: LoadedConfig, report: "PlanReport", options: Options, screen: Screen) -> None:
+def _show_dry_run(
+    loaded: LoadedConfig, report: "PlanReport", options: Options, screen: Screen, watch: "Watch"
+) -> None:
+    """Print the plan, and write the data report of its rows as a page."""
     from training.data.report_page import to_html
-    from training.launch.display import show_page
+    from training.launch.display import show_completed, show_page, show_plan
     from training.planning.paths import make_scratch_directory
     from utils.files import write_atomically
 
-    page = make_scratch_directory(loaded.config) / "reports" / f"{report.run_name}.html"
-    write_atomically(page, to_html(report, report.run_name).encode())
-    show_page(screen.main, page, options.command)
-    screen.print_json(json.dumps(report.model_dump(mode="json") | _resolved(loaded)))
+    with watch.paused():
+        show_plan(screen.main, report)
+        if report.completed:
+            show_completed(screen.main)
+        page = make_scratch_directory(loaded.config) / "reports" / f"{report.run_name}.html"
+        write_atomically(page, to_html(report, report.run_name).encode())
+        show_page(screen.main, page, options.command)
+        screen.print_json(json.dumps(report.model_dump(mode="json") | _resolved(loaded)))
 
 
 def submit(loaded: LoadedConfig, options: Options, job_server: str, screen: Screen) -> int:

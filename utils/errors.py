@@ -16,3 +16,9 @@ class AnnealError(Exception):
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def last_line(error: BaseException | str) -> str:
+    """Return the last line of an error's message or of a traceback, which states the cause of an error in another process."""
+    otherwise = "no reason given" if isinstance(error, str) else type(error).__name__
+    return (str(error).strip().splitlines() or [otherwise])[-1].strip()

@@ -1,5 +1,6 @@
 """Errors of the command line: one line, the fix, and exit code 2."""
 
+import os
 import platform
 import shlex
 import socket
@@ -401,3 +402,23 @@ def test_python_without_the_packages_raises_an_error_with_the_fix():
 def test_version_names_the_project_and_its_packages(capsys: pytest.CaptureFixture[str]):
     assert main.main(["--version"]) == 0
     assert_names(capsys.readouterr().out, "anneal 0.1.0", platform.python_version(), "torch", "ray")
+
+
+@pytest.mark.parametrize("command", ["--help", "--version", "convert"])
+def test_reader_that_has_exited_is_no_error(command: str, tmp_path: Path):
+    other = tmp_path / "other.yaml"
+    other.write_text("base_model: m\ndatasets: [{path: a.jsonl}]\n")
+    reader, writer = os.pipe()
+    os.close(reader)
+    arguments = ["convert", str(other)] if command == "convert" else [command]
+    done = subprocess.run(
+        [sys.executable, "main.py", *arguments],
+        cwd=PROJECT,
+        env=environment(),
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    os.close(writer)
+    assert (done.returncode, "Error" in done.stderr) == (0, False), done.stderr

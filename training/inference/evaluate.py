@@ -447,7 +447,7 @@ def _answer(
                 answers.update(zip(rows, texts, strict=True))
                 progress("generating", len(answers) / len(questions))
         except ray.exceptions.RayError as error:
-            vitals().diagnose()
+            vitals().raise_if_lost()
             raise WorkersFailedError(describe_failure(classify_failures(error), [])) from error
     return [answers[row] for row in range(len(questions))]
 

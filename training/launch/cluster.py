@@ -5,13 +5,13 @@ import math
 import os
 import shutil
 import signal
+import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import ray
 import ray.exceptions
 from ray.util import placement_group_table
@@ -19,17 +19,19 @@ from ray.util import placement_group_table
 from configs.schema import FinetuneConfig
 from training.launch.packaging import EVERYTHING_BUT_CODE, PROJECT
 from training.launch.reachability import cannot_connect
-from training.launch.vitals import ClusterLostError, Vitals
+from training.launch.vitals import ClusterLostError, Vitals, kill, processes_below_raylet
 from training.loop.ray_internals import (
     RAY_JOB_CONFIG_JSON_ENV_VAR,
     autoscaler_maximum,
     cluster_on_this_machine,
+    end_local_head,
     has_node_groups,
     lean_head_node,
     session_directory,
 )
 from training.models.kernels import Device
 from training.planning.endpoints import ClusterError, ClusterTarget
+from utils.errors import AnnealError, first_line
 from utils.files import format_bytes
 from utils.processes import Stopped, last_stopped, raise_signals, restore_handlers
 from utils.storage.bucket import uses_embedded_bucket
@@ -111,6 +113,9 @@ def disconnecting() -> Iterator[Connection]:
     connection = Connection()
     try:
         yield connection
+    except (ClusterLostError, ClusterStartError):
+        connection.keeps_logs = True
+        raise
     except Stopped:
         raise
     except KeyboardInterrupt as interrupt:  # calls of Ray raise it in place of LostInterrupt and Stopped
@@ -162,24 +167,41 @@ def join_cluster(device: Device, target: ClusterTarget) -> None:
         _join(target.address, _runtime_environment(device))
 
 
+class ClusterStartError(ClusterError):
+    """A local cluster that Ray cannot start; the message has Ray's reason and the directory of Ray's files."""
+
+    def __init__(self, reason: Exception):
+        directory = os.environ.get("RAY_TMPDIR", "/tmp")
+        super().__init__(
+            f"Ray cannot start on this machine: {first_line(reason).rstrip('.')}. Its files and sockets go to {directory}/ray: this must be a "
+            "short path on a disk with free space that you may write to. RAY_TMPDIR=DIRECTORY sets another one."
+        )
+
+
 def start_local_cluster(workers: Workers) -> None:
     """Start a cluster on this machine that is sized to the workers, and connect to it."""
     os.environ.update(_allocator(workers.device) | (_NO_GPUS if workers.device == "cpu" else {}))
-    with lean_head_node():
-        _connect(
-            None,
-            address="local",  # otherwise Ray connects to a cluster that another process started on this machine
-            num_cpus=math.ceil(workers.together["CPU"]),
-            num_gpus=_gpus_here(workers),
-            resources={
-                name: amount
-                for name, amount in workers.together.items()
-                if name not in ("CPU", "GPU", "memory")
-            },
-            include_dashboard=False,
-            log_to_driver=False,
-        )
-    vitals().connected(is_local=True)
+    gpus = _gpus_here(workers)
+    try:
+        with lean_head_node():
+            _connect(
+                None,
+                address="local",  # otherwise Ray connects to a cluster that another process started on this machine
+                num_cpus=math.ceil(workers.together["CPU"]),
+                num_gpus=gpus,
+                resources={
+                    name: amount
+                    for name, amount in workers.together.items()
+                    if name not in ("CPU", "GPU", "memory")
+                },
+                include_dashboard=False,
+                log_to_driver=False,
+            )
+    except AnnealError:
+        raise
+    except Exception as error:  # Ray has no class for these errors
+        traceback.print_exc()  # for the log file
+        raise ClusterStartError(error) from error
 
 
 def disconnect(*, keep_logs: bool = False) -> None:
@@ -190,21 +212,17 @@ def disconnect(*, keep_logs: bool = False) -> None:
     if _vitals:
         _vitals.end()
     session = session_directory()
-    below_raylet = _processes_below_raylet() if session else []
+    below_raylet = processes_below_raylet()
     try:
         ray.shutdown()
     finally:
         restore_handlers()
-    for process in below_raylet:  # without a GCS, Ray's agents live for another minute
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
+    end_local_head()
+    kill(below_raylet)
+    if _vitals:
+        _vitals.left()
     if session and not keep_logs:
         _remove_session(session)
-
-
-def _processes_below_raylet() -> list[psutil.Process]:
-    raylets = [child for child in psutil.Process().children() if child.name() == "raylet"]
-    return [process for raylet in raylets for process in raylet.children(recursive=True)]
 
 
 def _remove_session(session: Path) -> None:
@@ -228,6 +246,9 @@ def _connect(gcs: str | None, **arguments: Any) -> None:
         ray.init(**arguments)
     except SystemExit as exit_:
         raise Stopped(signal.SIGTERM) from exit_
+    except Exception:
+        _vitals.raise_if_lost()  # Ray's errors do not name the process
+        raise
     finally:
         raise_signals()
 
@@ -264,7 +285,7 @@ def _join(address: str, runtime_environment: Mapping[str, Any]) -> None:
     except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
         raise cannot_connect(address, error) from error
     if not is_client:
-        vitals().connected(is_local=False)
+        vitals().connected()
 
 
 def _runtime_environment(device: Device) -> dict[str, Any]:

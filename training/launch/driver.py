@@ -29,8 +29,10 @@ from runs.layout import (
     Lease,
     RunResult,
     StopRequest,
+    checkpoint_uri,
     run_of,
 )
+from runs.reading import committed
 from training.checkpoints import store as checkpoints
 from training.checkpoints.lease import check_lease, held_lease
 from training.data.prepared import SKIPPED_FILE, PreparedData, keep_prepared
@@ -120,11 +122,13 @@ def run_job(
             _mark_parent(plan, on_event)
             for rows in prepared:
                 keep_prepared(rows, plan.prepared)
-            signals, failure = _train(plan, lease, workers, state, savings, local_workers)
+            signals, failure = _train(plan, lease, state, savings, local_workers)
             connection.keeps_logs = bool(failure or state.restarts)
             if len(signals) < 2:
                 with suppress(BucketError):  # writing the result reports it
                     check_lease(store, lease)  # another driver's result must not be overwritten
+        if failure and failure == state.lost_cluster:
+            failure = f"{failure} The same command resumes from {_resume_point(store, state)}."
         attempt = Attempt(
             failure=failure,
             signals=signals,
@@ -140,6 +144,14 @@ def run_job(
     if result.status == "completed":
         _release_parent(plan)
     return result
+
+
+def _resume_point(store: Store, state: "RunState") -> str:
+    """Return where a run resumes: its workers may commit a checkpoint after the driver has lost the cluster."""
+    with suppress(BucketError):  # writing the result reports it
+        if manifests := committed(store):
+            return checkpoint_uri(store.uri, manifests[-1].step)
+    return state.latest_checkpoint
 
 
 def _worker_logs(plan: RunPlan, started: int) -> list[Path]:
@@ -168,7 +180,6 @@ def _write_result(plan: RunPlan, report: PlanReport, attempt: Attempt, state: "R
 def _train(
     plan: RunPlan,
     lease: Lease,
-    workers: Workers,
     state: "RunState",
     savings: Sequence[Saving],
     local_workers: LocalWorkers | None,
@@ -179,16 +190,14 @@ def _train(
     mailbox = _mailbox_on_this_node()
     trainer = _trainer(plan, lease, mailbox, local_workers)
     fit = _Fit(trainer, mailbox)
-    lost: str | None = None
     try:
-        _follow(mailbox, signals, state, workers)
+        _follow(mailbox, signals, state)
         fit.end()
     except (ClusterLostError, ray.exceptions.RayError) as error:  # the mailbox is lost with its cluster
         fit.abandon()
-        reason = vitals().diagnose() or describe_lost_cluster(error, savings)
-        lost = f"{reason} The same command resumes from {state.latest_checkpoint}."
+        state.lost_cluster = vitals().diagnose() or describe_lost_cluster(error, savings)
     failed = describe_failure(classify_failures(fit.error), savings) if fit.error else None
-    failure = state.rejection or lost or failed
+    failure = state.rejection or state.lost_cluster or failed
     if plan.resolved.target.is_local and not failure:
         shutil.rmtree(trainer.state_directory, ignore_errors=True)
     return signals, failure
@@ -276,6 +285,8 @@ class RunState:
     checkpoint: CheckpointCommitted | None = None
     rejection: str | None = None
     """The error that a restart cannot fix."""
+    lost_cluster: str | None = None
+    """The reason why the driver lost its cluster."""
     restarts: list[str] = field(default_factory=list)
     """The reason of each worker restart."""
     last_step: int = 0
@@ -351,42 +362,68 @@ def _mailbox_on_this_node() -> Any:
     return actor.options(num_cpus=0, scheduling_strategy=here).remote()
 
 
-def _follow(mailbox: Any, signals: Sequence[int], state: RunState, workers: Workers) -> None:
+def _follow(mailbox: Any, signals: Sequence[int], state: RunState) -> None:
     """Handle events until all workers have exited. While workers wait for resources, report what the cluster lacks.
 
-    After the first signal, ask the workers to stop. If no step would be lost, return at once, since workers may be stuck
-    waiting for a node. After a second signal, always return at once. Raise ClusterLostError if the cluster is lost.
+    After the first signal, ask the workers to stop, unless `_leaves_at_once`. Raise ClusterLostError if the cluster is lost.
     """
-    asked = False
-    since, next_look = "", 0.0
+    has_asked = False
+    shortage = _Shortage(state)
     news = mailbox.take.remote()
-    while len(signals) < 2:
-        if signals and state.is_waiting:
-            return
-        if signals and not asked:
-            if not state.has_uncommitted_steps:
-                return
-            asked = True
+    while not _leaves_at_once(signals, state, has_asked):
+        if signals and not has_asked:
+            has_asked = True
             state.on_event(STOPPING)
             mailbox.request_stop.remote()
         if lost := vitals().lost:
             raise ClusterLostError(lost)
         answered, _ = ray.wait([news], timeout=_SIGNAL_POLL_SECONDS)
         if not answered:
-            now = time.monotonic()
-            if state.is_waiting and now >= next_look and vitals().is_answering:
-                next_look = now + _RESOURCE_POLL_SECONDS
-                if waits_for := lacking(workers):
-                    since = since or f"{datetime.now():%H:%M:%S}"
-                    state.on_event(Phase(f"{waits_for}, since {since}"))
+            shortage.report()
             continue
         events: Any = ray.get(news)
         if events is None:
             return
         for event in events:
             state.on_event(event)
-        since = since if state.is_waiting else ""
         news = mailbox.take.remote()
+
+
+def _leaves_at_once(signals: Sequence[int], state: RunState, has_asked: bool) -> bool:
+    """Return whether the driver stops without waiting for the workers.
+
+    It does after a second signal. After the first, it does if no step would be lost, or if the workers may be stuck waiting for a node.
+
+    Args:
+        signals: The signals that the driver received.
+        state: The state of the run.
+        has_asked: Whether the workers were asked to stop.
+    """
+    if not signals:
+        return False
+    return len(signals) > 1 or state.is_waiting or not (has_asked or state.has_uncommitted_steps)
+
+
+class _Shortage:
+    """The report of what a cluster lacks while the workers wait for resources, once a second."""
+
+    def __init__(self, state: RunState):
+        self._state = state
+        self._since = ""
+        self._next_look = 0.0
+
+    def report(self) -> None:
+        """Report what the cluster lacks and since when, if the workers wait."""
+        if not self._state.is_waiting:
+            self._since = ""
+            return
+        now = time.monotonic()
+        if now < self._next_look or not vitals().is_answering:
+            return
+        self._next_look = now + _RESOURCE_POLL_SECONDS
+        if waits_for := lacking(self._state.workers):
+            self._since = self._since or f"{datetime.now():%H:%M:%S}"
+            self._state.on_event(Phase(f"{waits_for}, since {self._since}"))
 
 
 class _Fit:

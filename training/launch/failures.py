@@ -10,7 +10,7 @@ from training.events import FailureCause, FailureKind
 from training.loop.memory_errors import out_of_memory_line, out_of_memory_message
 from training.loop.ray_internals import WorkerGroupStartupFailedError, WorkerHealthCheckFailedError
 from training.planning.memory import Saving
-from utils.errors import first_line
+from utils.errors import first_line, last_line
 
 _GUESSES = " Some common causes include:"  # Ray 2.60 appends three
 _LOST_WORKER = (
@@ -86,7 +86,7 @@ def _cause_of(failure: BaseException) -> FailureCause:
         text = str(error).strip()
         if killed := _KILLED_FOR_MEMORY.search(text):
             return FailureCause("out of memory", killed[0].strip())
-        line = text.splitlines()[-1].split(_GUESSES)[0]  # after the actor's ids
+        line = last_line(error).split(_GUESSES)[0]  # after the actor's ids
         if isinstance(error, ray.exceptions.ActorUnavailableError):  # names neither
             line = f"a worker or its node no longer answers ({line.rstrip('.')})"
         return FailureCause("worker lost", line)

@@ -66,7 +66,7 @@ def _run(config: FinetuneConfig, work: Callable[[Any], Any], items: Sequence[Any
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
     except ray.exceptions.RayError as error:
-        vitals().diagnose()
+        vitals().raise_if_lost()
         raise ClusterError(
             f"the rows cannot be prepared on the cluster: a task was lost four times ({first_line(error)}). If its nodes ran out of memory, "
             "use nodes with more memory per CPU."

@@ -4,10 +4,12 @@ Check this file when Ray is upgraded. It imports no torch, so that a local clust
 """
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from subprocess import Popen
+from typing import Any, NamedTuple
 
 import ray
 import ray.exceptions
@@ -128,15 +130,33 @@ __all__ = [
     "autoscaler_maximum",
     "cluster_on_this_machine",
     "cluster_value",
+    "end_local_head",
     "has_node_groups",
     "is_node_preempted",
     "lean_head_node",
+    "local_processes",
     "ray_logs",
     "session_directory",
     "set_cluster_value",
 ]
 
 _NAMESPACE = b"anneal"
+_PORT_STEP_MILLISECONDS = 100
+_node_names: Any = _node
+"""The module of Ray in which `lean_head_node` replaces two names."""
+_ray_waits_for_port = _node_names.wait_for_persisted_port
+
+
+class LocalProcess(NamedTuple):
+    """A process that a local cluster cannot continue without."""
+
+    name: str
+    process: "Popen[bytes]"
+    log: Path
+
+
+_local_head: "_LeanNode | None" = None
+"""The head node of the local cluster. Ray itself knows its processes only after all of them have started."""
 
 
 class _LeanNode(_node.Node):
@@ -147,6 +167,8 @@ class _LeanNode(_node.Node):
     """
 
     def __init__(self, ray_params: Any, **arguments: Any):
+        global _local_head
+        _local_head = self
         ray_params.setup_worker_path = str(Path(__file__).with_name("start_ray_worker.py"))
         super().__init__(ray_params, **arguments)
 
@@ -163,12 +185,24 @@ class _LeanNode(_node.Node):
 @contextmanager
 def lean_head_node() -> Iterator[None]:
     """Let ray.init start a local cluster of only the GCS, the raylet and the raylet's agents within the block."""
-    original = _node.Node
-    _node.Node = _LeanNode
+    originals = _node_names.Node, _node_names.wait_for_persisted_port
+    _node_names.Node, _node_names.wait_for_persisted_port = _LeanNode, _wait_for_port
     try:
         yield
     finally:
-        _node.Node = original
+        _node_names.Node, _node_names.wait_for_persisted_port = originals
+
+
+def _wait_for_port(session: str, node: str, name: str, *, timeout_ms: int) -> int:
+    """Wait for the port of a process in short steps: ray.init waits up to 30 s without releasing the lock of the interpreter."""
+    deadline = time.monotonic() + timeout_ms / 1000
+    while True:
+        try:
+            step = min(timeout_ms, _PORT_STEP_MILLISECONDS)
+            return _ray_waits_for_port(session, node, name, timeout_ms=step)
+        except RuntimeError:
+            if time.monotonic() >= deadline:
+                raise
 
 
 class LocalWorkers:
@@ -391,8 +425,26 @@ def ray_logs() -> Path:
 
 def session_directory() -> Path | None:
     """Return Ray's directory of the local cluster that this process has started; None if it has not started one."""
-    node: Any = _global_worker.node
-    return Path(node.get_session_dir_path()) if node is not None and node.is_head() else None
+    session = getattr(_local_head, "_session_dir", None)
+    return Path(session) if session else None
+
+
+def local_processes() -> Sequence[LocalProcess]:
+    """Return the GCS and the raylet of the local cluster, as far as they have started."""
+    started: dict[str, Any] = getattr(_local_head, "all_processes", {})
+    return [
+        LocalProcess(label, infos[0].process, Path(_local_head.get_logs_dir_path()) / f"{name}.out")
+        for name, label in (("gcs_server", "GCS"), ("raylet", "raylet"))
+        if _local_head is not None and (infos := started.get(name))
+    ]
+
+
+def end_local_head() -> None:
+    """End the processes of the local cluster that ray.shutdown does not know, since ray.init did not start all of them."""
+    global _local_head
+    if _local_head is not None:
+        _local_head.kill_all_processes(check_alive=False, allow_graceful=True, wait=True)
+        _local_head = None
 
 
 def cluster_on_this_machine() -> str:

@@ -306,15 +306,13 @@ def _prepare_inputs(plan: RunPlan, lease: Lease, world: World, driver: Driver) -
     """Download model, rows and the checkpoint to resume from to this node, and verify them."""
     scratch = _run_scratch(plan, world)
     if world.local_rank == 0:
-        for leftover in ("trainer", "tracker"):
-            shutil.rmtree(scratch / leftover, ignore_errors=True)
-        (scratch / "trainer").mkdir(parents=True)
+        _clear_trainer_files(scratch)
     store = open_store(plan.run_uri)
     # Every rank waits for the slowest node's download, which may exceed NCCL's timeout of 30 minutes.
     patient = world.with_long_timeout()
+    # Both download in the background, unless the model is on the Hub.
     restoring = Restoring(store, lease, plan.restore_from, scratch / "trainer" / "restored", patient)
-
-    model = begin_fetch(plan.base_model, plan.cache, is_model_file, plan.base_revision)
+    finish_model = begin_fetch(plan.base_model, plan.cache, is_model_file, plan.base_revision)
 
     driver.emit(Phase("loading libraries"))
     with importing():
@@ -324,40 +322,21 @@ def _prepare_inputs(plan: RunPlan, lease: Lease, world: World, driver: Driver) -
         import training.loop.trainers  # noqa: F401
 
     driver.emit(Phase("fetching the prepared rows"))
-    train = fetch_prepared(plan.train, plan.cache, plan.prepared)
-    valid = fetch_prepared(plan.valid, plan.cache, plan.prepared) if plan.valid else None
-    more_valid = {
-        name: fetch_prepared(key, plan.cache, plan.prepared) for name, key in plan.more_valid.items()
-    }
-    if world.local_rank == 0:
-        for prepared in (train, valid, *more_valid.values()):
-            if prepared:
-                verify_prepared(prepared)
+    train, valid, more_valid = _fetch_rows(plan, world)
 
     driver.emit(Phase("syncing the model to the node"))
-    model_directory = model()
+    model_directory = finish_model()
     check_weight_files(model_directory)
     adapter_directory = fetch_model(plan.adapter, plan.cache, is_model_file) if plan.adapter else None
     stays_mapped = plan.device == "cpu" and plan.config.trains_adapter
     mapped = FilesInUse(model_directory.glob("*.safetensors") if stays_mapped else ())
     if world.local_rank == 0:
-        for start, directory in ((plan.base_model, model_directory), (plan.adapter, adapter_directory)):
-            if start and directory and not is_hub_id(start):
-                verify_local_weights(start, directory, is_model_file)
-    own_tokenizer = adapter_directory if plan.tokenizer == plan.adapter else None
-    tokenizer = load_tokenizer(
-        own_tokenizer or model_directory,
-        source=plan.tokenizer,
-        trust_remote_code=plan.config.trust_remote_code,
-        chat_template=plan.chat_template,
-    )
-    add_tokens(plan.config, tokenizer, plan.tokenizer)
+        _verify_local_weights(plan, model_directory, adapter_directory)
+    tokenizer = _load_tokenizer(plan, model_directory, adapter_directory)
 
     if restoring.committed or plan.restore_from:
         driver.emit(Phase("restoring the trainer state"))
-    restored = restoring.finish(driver.emit)
-    step, log = _progress_of(restored) if restored else (0, [])
-    resume = Resume(restoring.committed, restoring.uri, restored, restoring.manifest, step, log)
+    resume = _finish_restoring(restoring, driver)
     return Inputs(
         store,
         scratch,
@@ -370,6 +349,56 @@ def _prepare_inputs(plan: RunPlan, lease: Lease, world: World, driver: Driver) -
         more_valid,
         resume,
     )
+
+
+def _clear_trainer_files(scratch: Path) -> None:
+    """Remove what an earlier attempt has left in the directory of this run."""
+    for leftover in ("trainer", "tracker"):
+        shutil.rmtree(scratch / leftover, ignore_errors=True)
+    (scratch / "trainer").mkdir(parents=True)
+
+
+def _fetch_rows(
+    plan: RunPlan, world: World
+) -> tuple[PreparedData, PreparedData | None, dict[str, PreparedData]]:
+    """Fetch the training rows, the first validation set and the others by name; verify them once per node."""
+    train = fetch_prepared(plan.train, plan.cache, plan.prepared)
+    valid = fetch_prepared(plan.valid, plan.cache, plan.prepared) if plan.valid else None
+    more_valid = {
+        name: fetch_prepared(key, plan.cache, plan.prepared) for name, key in plan.more_valid.items()
+    }
+    if world.local_rank == 0:
+        for prepared in (train, valid, *more_valid.values()):
+            if prepared:
+                verify_prepared(prepared)
+    return train, valid, more_valid
+
+
+def _verify_local_weights(plan: RunPlan, model: Path, adapter: Path | None) -> None:
+    """Verify the weights of a model and an adapter that the run reads where they are stored."""
+    for start, directory in ((plan.base_model, model), (plan.adapter, adapter)):
+        if start and directory and not is_hub_id(start):
+            verify_local_weights(start, directory, is_model_file)
+
+
+def _load_tokenizer(plan: RunPlan, model: Path, adapter: Path | None) -> "PreTrainedTokenizerFast":
+    """Load the tokenizer of the adapter or the model, with the run's chat template and new tokens."""
+    own = adapter if plan.tokenizer == plan.adapter else None
+    tokenizer = load_tokenizer(
+        own or model,
+        source=plan.tokenizer,
+        trust_remote_code=plan.config.trust_remote_code,
+        chat_template=plan.chat_template,
+    )
+    add_tokens(plan.config, tokenizer, plan.tokenizer)
+    return tokenizer
+
+
+def _finish_restoring(restoring: Restoring, driver: Driver) -> Resume:
+    """Wait for the checkpoint to resume from, and read its progress."""
+    restored = restoring.finish(driver.emit)
+    step, log = _progress_of(restored) if restored else (0, [])
+    return Resume(restoring.committed, restoring.uri, restored, restoring.manifest, step, log)
 
 
 def _build(plan: RunPlan, inputs: Inputs, world: World, driver: Driver) -> Built:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.models.files import ALL_WEIGHTS, ModelError, ModelFacts
-from utils.errors import first_line
+from utils.errors import first_line, last_line
 from utils.processes import importing
 
 if TYPE_CHECKING:
@@ -445,9 +445,7 @@ def load_config(directory: Path, source: str, trust_remote_code: bool) -> Any:
             config: Any = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
             text = config.get_text_config()
     except StrictDataclassError as error:
-        reason = (
-            str(error).strip().splitlines()[-1].strip()
-        )  # the first line names a function of transformers
+        reason = last_line(error)  # the first line names a function of transformers
         raise ModelError(
             f"model {source}: config.json is invalid ({reason}). Correct it in a copy of the model, or copy it again from the original model."
         ) from error

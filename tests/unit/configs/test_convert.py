@@ -453,7 +453,8 @@ def test_default_settings_of_axolotls_datasets_are_listed_as_the_same_and_others
 def test_llamafactory_rows_are_found_in_dataset_info(tmp_path: Path):
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "dataset_info.json").write_text(
-        '{"one": {"file_name": "first.json", "columns": {"prompt": "q", "response": "a", "system": "s", "history": "h"}}, "two": {"hf_hub_url": "org/second"}}'
+        '{"one": {"file_name": "first.json", "columns": {"prompt": "q", "response": "a", "system": "s", "history": "h"}}, '
+        '"two": {"hf_hub_url": "org/second", "columns": {"prompt": "q", "response": "a"}}}'
     )
     ours = converted(LLAMAFACTORY, tmp_path).ours
     assert ours["train_path"] == ["rows/first.json", "hf://datasets/org/second"]
@@ -731,3 +732,140 @@ def test_key_with_a_secret_is_left_out_and_reported(line: str, place: str):
     assert_names(change, "contains a secret", "left out", "environment")
     assert secret not in str(conversion)
     assert "${" not in str(conversion.ours)
+
+
+@pytest.mark.parametrize(
+    ("text", "train_path"),
+    [
+        ("base_model: m\ndatasets: [{path: json, data_files: [a.jsonl, b.jsonl]}]\n", ["a.jsonl", "b.jsonl"]),
+        (
+            "base_model: m\ndatasets: [{path: rows, data_files: [a.jsonl, b.jsonl]}]\n",
+            ["rows/a.jsonl", "rows/b.jsonl"],
+        ),
+        ("base_model: m\npretraining_dataset: [a.jsonl, {path: b.jsonl}]\n", ["a.jsonl", "b.jsonl"]),
+        ("model_name_or_path: m\ndatasets: [{path: json, data_files: a.jsonl}]\n", "a.jsonl"),
+        ("model_name_or_path: m\ndatasets: [{path: json, data_files: {train: a.jsonl}}]\n", "a.jsonl"),
+        (
+            "dataset: {_component_: x.chat_dataset, source: json, data_files: [a.jsonl, b.jsonl]}\n",
+            ["a.jsonl", "b.jsonl"],
+        ),
+    ],
+)
+def test_all_files_of_a_data_set_are_named(text: str, train_path: str | list[str]):
+    assert converted(text).ours["train_path"] == train_path
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "base_model: m\ndatasets: [{path: org/rows, data_files: a.jsonl}]\n",
+        "base_model: m\ntest_datasets: [{path: org/rows, data_files: a.jsonl}]\n",
+        "base_model: m\npretraining_dataset: [{path: org/rows, data_files: a.jsonl}]\n",
+        "model_name_or_path: m\ndatasets: [{path: org/rows, data_files: a.jsonl}]\n",
+        "dataset: {_component_: x.chat_dataset, source: org/rows, data_files: a.jsonl}\n",
+    ],
+)
+def test_files_of_a_hub_dataset_are_listed_as_a_change(text: str):
+    conversion = converted(text)
+    assert "hf://datasets/org/rows" in conversion.ours.values()
+    assert_names("\n".join(conversion.changes), "data_files:", "a.jsonl", "all files of org/rows", "download")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "base_model: m\ndatasets: [{path: rows.jsonl, split: 'train[:90%]'}]\n",
+        "base_model: m\ntest_datasets: [{path: json, data_files: a.jsonl, split: 'train[:90%]'}]\n",
+        "model_name_or_path: m\ndatasets: [{path: rows.jsonl, split: 'train[:90%]'}]\n",
+        "dataset: {_component_: x.chat_dataset, source: json, data_files: a.jsonl, split: 'train[:90%]'}\n",
+    ],
+)
+def test_part_of_a_local_file_is_listed_as_a_change(text: str):
+    assert_names("\n".join(converted(text).changes), "split:", "train[:90%]", "all rows are read")
+
+
+@pytest.mark.parametrize(
+    ("entry", "stage", "columns"),
+    [
+        (
+            '"ranking": true, "columns": {"prompt": "q", "query": "c", "chosen": "good", "rejected": "bad"}',
+            "dpo",
+            {"instruction": "q", "input": "c", "chosen": "good", "rejected": "bad"},
+        ),
+        (
+            '"ranking": true, "formatting": "sharegpt", "columns": {"messages": "chat", "chosen": "a", "rejected": "b"}',
+            "dpo",
+            {"conversations": "chat", "chosen": "a", "rejected": "b"},
+        ),
+        (
+            '"columns": {"prompt": "q", "response": "a", "kto_tag": "good"}',
+            "kto",
+            {"instruction": "q", "output": "a", "label": "good"},
+        ),
+        ('"columns": {"prompt": "instruction", "kto_tag": "kto_tag"}', "kto", {}),
+        ('"columns": {"prompt": "body"}', "pt", {"text": "body"}),
+        ('"columns": {"prompt": "text"}', "pt", {}),
+        (
+            '"formatting": "sharegpt", "columns": {"messages": "chat", "tools": "functions"}',
+            "sft",
+            {"conversations": "chat", "tools": "functions"},
+        ),
+    ],
+)
+def test_llamafactory_columns_of_each_stage_are_translated(
+    entry: str, stage: str, columns: dict[str, str], tmp_path: Path
+):
+    (tmp_path / "dataset_info.json").write_text(f'{{"one": {{{entry}}}}}')
+    text = f"model_name_or_path: m\nfinetuning_type: lora\nstage: {stage}\ndataset: one\ndataset_dir: {tmp_path}\n"
+    ours = converted(text).ours
+    assert {key: name for key, name in ours.items() if key.startswith("columns.")} == {
+        f"columns.{key}": name for key, name in columns.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("entry", "named"),
+    [
+        ('"columns": {"images": "pictures"}', "dataset.columns.images:"),
+        ('"formatting": "sharegpt", "tags": {"role_tag": "speaker", "content_tag": "says"}', "dataset.tags:"),
+    ],
+)
+def test_llamafactory_columns_that_are_not_read_are_listed_as_changes(entry: str, named: str, tmp_path: Path):
+    (tmp_path / "dataset_info.json").write_text(f'{{"one": {{{entry}}}}}')
+    text = f"model_name_or_path: m\nfinetuning_type: lora\ndataset: one\ndataset_dir: {tmp_path}\n"
+    assert named in "\n".join(converted(text).changes)
+
+
+def test_llamafactory_columns_that_differ_between_sources_are_listed_as_a_change(tmp_path: Path):
+    (tmp_path / "dataset_info.json").write_text(
+        '{"one": {"columns": {"prompt": "q", "query": "c"}}, "two": {"columns": {"query": "c"}}, "chat": {"formatting": "sharegpt"}}'
+    )
+    text = f"model_name_or_path: m\nfinetuning_type: lora\ndataset: one,chat\neval_dataset: two\ndataset_dir: {tmp_path}\n"
+    conversion = converted(text)
+    assert "columns.instruction" not in conversion.ours
+    assert conversion.ours["columns.input"] == "c"
+    assert_names("\n".join(conversion.changes), "dataset.columns:", '["q", "instruction"]', "differs")
+
+
+@pytest.mark.parametrize(
+    ("lines", "stage"),
+    [
+        ("fsdp: [full_shard, auto_wrap]", "zero_3"),
+        ("fsdp: full_shard offload", "zero_3_offload_optim+param"),
+        ("fsdp: [full_shard]\nfsdp_config: {fsdp_offload_params: true}", "zero_3_offload_optim+param"),
+        ("fsdp: [full_shard]\nfsdp_config: {offload_params: false}", "zero_3"),
+        ("fsdp: [shard_grad_op, auto_wrap]", "zero_2"),
+        ("fsdp_config: {reshard_after_forward: false}", "zero_2"),
+        ("fsdp_config: {offload_params: true, reshard_after_forward: true}", "zero_3_offload_optim+param"),
+    ],
+)
+@pytest.mark.parametrize("model", ["base_model: m", "model_name_or_path: m"])
+def test_fsdp_shards_and_offloads_as_before(model: str, lines: str, stage: str):
+    conversion = converted(f"{model}\n{lines}\n")
+    assert conversion.ours["deepspeed"] == stage
+    assert "fsdp" not in "\n".join(conversion.changes)
+
+
+def test_switched_off_fsdp_and_deepspeed_give_nothing():
+    for line in ("fsdp: no_shard", "deepspeed: none", "fsdp: []"):
+        assert "deepspeed" not in converted(f"base_model: m\n{line}\n").ours

@@ -308,6 +308,73 @@ CASES: list[tuple[str, str, str, str]] = [
         "num_epochs: 3\nlearning_rat: 1e-4\nlora_config: {rr: 8}\npacking: 'yes'",
         "`learning_rate`",
     ),
+    # Keys and values of TrainingArguments, PEFT and torchtune whose nearest key is another one, and lines that are no YAML
+    ("peft_config: {r: 16, lora_alpha: 32}", "`lora_config`", "lora_config: {r: 16, lora_alpha: 32}", ""),
+    (
+        "optim_args: {betas: [0.9, 0.95]}",
+        "`adam_beta1`, `adam_beta2`",
+        "adam_beta1: 0.9\nadam_beta2: 0.95",
+        "",
+    ),
+    ("gradient_clipping: 1.0", "`max_grad_norm`", "max_grad_norm: 1.0", ""),
+    ("gradient_clip_val: 1.0", "`max_grad_norm`", "max_grad_norm: 1.0", ""),
+    ("eval_steps: 0.0", "write a number above 0", "eval_steps: 0.5", ""),
+    ("save_total_limit: -1", "remove it", "", ""),
+    ("data_format: sharegpt", "`data_format: conversations`", "data_format: conversations", ""),
+    ("data_format: alpaca", "`data_format: instruction`", "data_format: instruction", ""),
+    ("data_format: openai", "`data_format: messages`", "data_format: messages", ""),
+    (
+        "task: preference_tuning\npreference_tuning_config: {loss: simpo}",
+        "there is no preference loss simpo: use dpo",
+        "task: preference_tuning\npreference_tuning_config: {loss: dpo}",
+        "",
+    ),
+    ("deepspeed: none", "remove the key", "", ""),
+    ("model_id: ''", "add it (Model to train", "model_id: org/model", ""),
+    ("storage_path: ''", "remove the key", "", ""),
+    ("tensor_parallel_dim: 2", "`deepspeed: zero_3`", "deepspeed: zero_3", ""),
+    ("context_parallel_dim: 2", "`sequence_parallel_size: 2`", "sequence_parallel_size: 2", "num_devices"),
+    ("eval_accumulation_steps: 4", "remove it", "", ""),
+    ("eval_delay: 2", "remove it", "", ""),
+    ("label_names: [labels]", "remove it", "", ""),
+    ("accelerator_config: {split_batches: true}", "remove it", "", ""),
+    ("padding_free: true", "remove it", "", ""),
+    ("eval_packing: false", "remove it", "", ""),
+    ("pad_token: <pad>", "remove it (the token is the model's own", "", ""),
+    ("learning_rate:1e-4", "run.yaml:3: not valid YAML", "learning_rate: 1e-4", ""),
+    ("learning_rate = 1e-4", "write `key: value`, with a space", "learning_rate: 1e-4", ""),
+    ("lora_config: {bias: None}", "`none`", "lora_config: {bias: none}", ""),
+    (
+        "lora_config: {modules_to_save: lm_head}",
+        "write a list",
+        "lora_config: {modules_to_save: [lm_head]}",
+        "",
+    ),
+    ("lora_config: {lora_dropout: 5%}", "0.05", "lora_config: {lora_dropout: 0.05}", ""),
+    ("padding: true", "longest", "padding: longest", ""),
+    ("device: cuda:0", "`cuda`", "device: cuda", ""),
+    (
+        "train_path: {a: a.jsonl, b: b.jsonl}",
+        "a list such as",
+        "train_path: [{path: a.jsonl, weight: 2}]",
+        "",
+    ),
+    ("new_tokens: <tool>", "write a list", "new_tokens: [<tool>]", ""),
+    ("run_name: my run", "only letters", "run_name: my-run", ""),
+    ("warmup_ratio: 5%", "0.05", "warmup_ratio: 0.05", ""),
+    ("flash_attention_2: auto", "true or false", "flash_attention_2: true", ""),
+    (
+        "train_batch_size: 64",
+        "`train_batch_size_per_device: auto`",
+        "train_batch_size: 64\ntrain_batch_size_per_device: auto",
+        "",
+    ),
+    (
+        "hyperparameters: {learning_rate: 1e-4, epochs: 3}",
+        "at the top level",
+        "learning_rate: 1e-4\nepochs: 3",
+        "`num_epochs: 3`",
+    ),
 ]
 
 
@@ -357,3 +424,8 @@ def test_values_that_are_invalid_in_the_other_tool_too_raise_an_error_with_their
     message = first_line(tmp_path / "run.yaml", lines_with(lines))
     assert f"`{lines.partition(':')[0]}`" in message
     assert "another tool's key" in message
+
+
+def test_keys_below_another_one_are_not_reported_as_missing(tmp_path: Path):
+    message = first_line(tmp_path / "run.yaml", "config:\n  model_id: org/model\n  train_path: a.jsonl\n")
+    assert "`config` is not a section: write its keys (model_id, train_path) at the top level" in message
