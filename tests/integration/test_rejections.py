@@ -657,6 +657,20 @@ def test_kernels_are_chosen_after_the_continued_adapter_is_read(
     assert_names(message, "kernels: unsloth: ", "the continued adapter's use_dora", "kernels: auto")
 
 
+def test_unsloth_is_not_chosen_where_it_would_change_rope(
+    rejected: Rejected, tiny_model: Path, tmp_path: Path
+):
+    """Above the model's positions, it divides those of all sequences (`_extended_rope_scaling` in unsloth/models/llama.py)."""
+    gpu = {"device": "auto", "worker_resources": {"accelerator_type:H100": 0.001}, "lora_config": {"r": 4}}
+    hidden = {"CUDA_VISIBLE_DEVICES": ""}
+    for tokens, provider in ((512, "unsloth"), (520, "liger")):
+        config = config_file(tmp_path, tiny_model, context_length=tokens, **gpu)
+        planned = run_main_quickly(config, "--dry-run", "--json", variables=hidden)
+        assert planned.result["kernels"].startswith(f"{provider} (auto: "), planned.result["kernels"]
+    message = rejected(context_length=520, kernels="unsloth", variables=hidden, **gpu)
+    assert_names(message, "kernels: unsloth: ", "RoPE", "512 tokens", "context_length", "liger")
+
+
 @pytest.mark.parametrize("lora", [{}, {"bias": "all"}], ids=["embedding", "bias"])
 def test_base_weights_beside_a_continued_adapter_are_an_error_under_zero_3(
     rejected: Rejected, tmp_path: Path, lora: dict[str, Any]
