@@ -27,6 +27,7 @@ _INDEX = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 """PEFT's name of an adapter's weights."""
 _ADAPTER_CONFIG = "adapter_config.json"
+_SWITCHES = {name for name, entry in LoraConfig.model_fields.items() if entry.annotation is bool}
 ALL_WEIGHTS = "its *.safetensors"
 """The weight files of a model in messages that cannot name one."""
 _SINGLE = "model.safetensors"
@@ -502,7 +503,7 @@ class AdapterFacts:
     source: str
     base_model: str
     lora: dict[str, Any]
-    """Content of adapter_config.json."""
+    """Content of adapter_config.json, without switches that are null."""
     parameter_shapes: dict[str, tuple[int, ...]]
     """Name -> shape of each tensor in adapter_model.safetensors."""
     tokenizer_files: frozenset[str] = frozenset()
@@ -555,6 +556,8 @@ def read_adapter_facts(source: str) -> AdapterFacts:
         raise ModelError(
             f"adapter {source}: peft_type is {config.get('peft_type')!r}, but only LORA is supported. Use a LoRA adapter."
         )
+    # Axolotl writes null for a switch that is off, and PEFT reads it so.
+    config = {key: value for key, value in config.items() if value is not None or key not in _SWITCHES}
     _check_values(config, f"adapter {source}: adapter_config.json")
     tensors = _read_header(store, ADAPTER_FILE, names[ADAPTER_FILE])
     return AdapterFacts(

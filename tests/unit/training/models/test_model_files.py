@@ -613,6 +613,14 @@ def test_fractional_alpha_and_empty_layers_pattern_are_accepted(adapter: Path, t
     assert read_adapter_facts(str(copy)).lora["lora_alpha"] == 22.6
 
 
+def test_null_is_read_as_a_setting_that_is_off(adapter: Path, tmp_path: Path):
+    """Axolotl writes `fan_in_fan_out: null`, and PEFT takes null for false."""
+    copy = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    switches = ("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias", "ensure_weight_tying")
+    change_config(copy, **dict.fromkeys(switches))
+    assert read_adapter_facts(str(copy)).lora.keys().isdisjoint(switches)
+
+
 def test_config_in_utf_16_is_rejected(adapter: Path, tmp_path: Path):
     copy = Path(shutil.copytree(adapter, tmp_path / "adapter"))
     path = copy / "adapter_config.json"
