@@ -462,6 +462,14 @@ def test_index_without_shards_is_rejected_with_its_key(rejected: Rejected, damag
     assert message.startswith(f"{index}: weight_map ")
 
 
+@pytest.mark.parametrize(
+    "key", ["initial_adapter_model_ckpt_path", "initial_base_model_ckpt_path", "resume_from_checkpoint"]
+)
+def test_file_in_the_place_of_a_checkpoint_is_named(rejected: Rejected, tiny_model: Path, key: str):
+    message = rejected(**{key: str(tiny_model / "model.safetensors")})
+    assert_names(message, f"{tiny_model}/model.safetensors is a file", f"such as {tiny_model}")
+
+
 def test_adapter_beside_the_base_model_is_rejected(rejected: Rejected, damaged_model: Path, tmp_path: Path):
     adapter = write_adapter(tmp_path / "adapter", damaged_model)
     for file in adapter.iterdir():

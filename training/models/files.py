@@ -41,6 +41,8 @@ _TOKENIZER_FILES = COMPLETE_TOKENIZER | {"tokenizer.model", "vocab.json", CHAT_T
 _MORE_TEMPLATES = "additional_chat_templates"
 """Directory of a tokenizer's chat templates beside the default one, such as tool_use.jinja."""
 _MAX_HEADER_BYTES = 100 * 1024 * 1024  # the safetensors format's own limit
+_LFS_POINTER = b"version "
+"""First bytes of the text that Git stores instead of a large file."""
 _BITS_OF_DTYPE = (
     dict.fromkeys(("F64", "I64", "U64", "C64"), 64)
     | dict.fromkeys(("F32", "I32", "U32"), 32)
@@ -713,7 +715,12 @@ def _parse_header(
     """
     if size < 8:
         raise ModelError(f"{where}: {size} bytes is too short for a safetensors file. Upload it again.")
-    (length,) = struct.unpack("<Q", read(0, 8))
+    beginning = read(0, 8)
+    if beginning == _LFS_POINTER:
+        raise ModelError(
+            f"{where}: is a Git LFS pointer instead of the weights. Run `git lfs pull` in the repository, and upload the file again."
+        )
+    (length,) = struct.unpack("<Q", beginning)
     if length > min(size - 8, _MAX_HEADER_BYTES):
         raise ModelError(
             f"{where}: header length is {length} bytes but the file has {size}; it is corrupt or not a safetensors file. Upload it again."

@@ -72,9 +72,7 @@ def test_parameters_per_kind_of_layer_are_left_alone(tmp_path: Path):
     ],
     ids=["phi3", "phimoe"],
 )
-def test_longrope_of_phi_has_the_keys_that_transformers_4_requires(
-    kind: type[PreTrainedConfig], more: set[str], tmp_path: Path
-):
+def test_longrope_of_phi_has_the_keys_that_transformers_4_requires(kind: Any, more: set[str], tmp_path: Path):
     """It raises an error for other keys (`_rope_scaling_validation` in configuration_phi3.py of 4.57)."""
     factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 32}
     mscale = {"short_mscale": 1.1, "long_mscale": 1.2} if more else {}

@@ -162,6 +162,12 @@ def header(content: Any) -> bytes:
         ),
         (overwrite_file("config.json", b"{"), r"/model/config\.json: .*JSON"),
         (overwrite_file("config.json", b"[]"), r"/model/config\.json: .*list.*object"),
+        (
+            overwrite_file(
+                "model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n"
+            ),
+            r"/model\.safetensors: .*Git LFS pointer.*git lfs pull",
+        ),
         (truncate_to(0), r"/model\.safetensors: .*\b0 bytes"),
         (truncate_to(100), r"/model\.safetensors: .*header .*\d+ bytes.* 100\b"),
         (truncate_to(3000), r"/model\.safetensors: .*\b3000 bytes.*header.*\d+"),
