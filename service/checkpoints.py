@@ -14,6 +14,8 @@ from service.errors import ApiError
 from service.prompts import ChatFormat
 from training.checkpoints.weights import fetch_model, verify_local_weights
 from training.inference.checkpoint_model import TrainedModel, trained_model
+from training.models.architecture import load_config
+from training.models.attention import rope_limit
 from training.models.files import (
     AdapterFacts,
     check_no_adapter,
@@ -71,7 +73,7 @@ def base_checkpoint(settings: EngineSettings) -> Checkpoint:
     form = ChatFormat(
         tokenizer,
         variables=config.chat_template_kwargs or {},
-        context=_context(directory),
+        context=_context(directory, settings),
         model=settings.base,
     )
     return Checkpoint(None, directory, form, None, None)
@@ -91,7 +93,7 @@ def read_checkpoint(uri: str, settings: EngineSettings, formats: dict[Hashable, 
     """
     with trained_model(uri) as trained:
         directory = trained.weights()
-        context = _context(trained.base_weights() or directory)
+        context = _context(trained.base_weights() or directory, settings)
         variables = trained.config.chat_template_kwargs or {}
         files = [
             (file.path, file.checksum)
@@ -132,8 +134,13 @@ class CheckpointCache:
         return found
 
 
-def _context(directory: Path) -> int:
-    return read_model_facts(str(directory)).max_context or _DEFAULT_CONTEXT
+def _context(directory: Path, settings: EngineSettings) -> int:
+    """Return the longest sequence that an engine computes as the model was trained."""
+    context = read_model_facts(str(directory)).max_context or _DEFAULT_CONTEXT
+    if not settings.has_fixed_rope:
+        return context
+    config = load_config(directory, settings.model_uri, settings.config.trust_remote_code)
+    return min(context, rope_limit(config) or context)
 
 
 def shares_base(checkpoint: Checkpoint, settings: EngineSettings) -> bool:

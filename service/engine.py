@@ -148,6 +148,8 @@ class EngineSettings:
     max_adapters: int
     threads: int | None
     """CPU threads of an engine without a GPU; None: all cores."""
+    has_fixed_rope: bool = False
+    """True if the engine computes RoPE of requests of any length alike, as vLLM does."""
 
 
 def engine_deployment(base: str, settings: BaseModelSettings, config: FinetuneConfig) -> "Application":

@@ -15,6 +15,7 @@ import subprocess
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, suppress
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,7 @@ class VllmEngine:
     def __init__(self, settings: EngineSettings):
         """Start the server and wait until it answers."""
         python = vllm_python()
+        settings = replace(settings, has_fixed_rope=True)
         self._settings = settings
         self._base = base_checkpoint(settings)
         self._checkpoints = CheckpointCache(settings)

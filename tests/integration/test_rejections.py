@@ -462,6 +462,14 @@ def test_index_without_shards_is_rejected_with_its_key(rejected: Rejected, damag
     assert message.startswith(f"{index}: weight_map ")
 
 
+@pytest.mark.parametrize(
+    "key", ["initial_adapter_model_ckpt_path", "initial_base_model_ckpt_path", "resume_from_checkpoint"]
+)
+def test_file_in_the_place_of_a_checkpoint_is_named(rejected: Rejected, tiny_model: Path, key: str):
+    message = rejected(**{key: str(tiny_model / "model.safetensors")})
+    assert_names(message, f"{tiny_model}/model.safetensors is a file", f"such as {tiny_model}")
+
+
 def test_adapter_beside_the_base_model_is_rejected(rejected: Rejected, damaged_model: Path, tmp_path: Path):
     adapter = write_adapter(tmp_path / "adapter", damaged_model)
     for file in adapter.iterdir():
@@ -655,6 +663,20 @@ def test_kernels_are_chosen_after_the_continued_adapter_is_read(
         assert planned.result["kernels"].startswith(f"{provider} (auto: "), planned.result["kernels"]
     message = rejected(initial_adapter_model_ckpt_path=str(tmp_path / "use_dora"), kernels="unsloth")
     assert_names(message, "kernels: unsloth: ", "the continued adapter's use_dora", "kernels: auto")
+
+
+def test_unsloth_is_not_chosen_where_it_would_change_rope(
+    rejected: Rejected, tiny_model: Path, tmp_path: Path
+):
+    """Above the model's positions, it divides those of all sequences (`_extended_rope_scaling` in unsloth/models/llama.py)."""
+    gpu = {"device": "auto", "worker_resources": {"accelerator_type:H100": 0.001}, "lora_config": {"r": 4}}
+    hidden = {"CUDA_VISIBLE_DEVICES": ""}
+    for tokens, provider in ((512, "unsloth"), (520, "liger")):
+        config = config_file(tmp_path, tiny_model, context_length=tokens, **gpu)
+        planned = run_main_quickly(config, "--dry-run", "--json", variables=hidden)
+        assert planned.result["kernels"].startswith(f"{provider} (auto: "), planned.result["kernels"]
+    message = rejected(context_length=520, kernels="unsloth", variables=hidden, **gpu)
+    assert_names(message, "kernels: unsloth: ", "RoPE", "512 tokens", "context_length", "liger")
 
 
 @pytest.mark.parametrize("lora", [{}, {"bias": "all"}], ids=["embedding", "bias"])

@@ -20,6 +20,7 @@ from configs.loading import ConfigError
 from configs.schema import ExportConfig
 from runs.layout import EXPORT_FILE, Export, FileRecord, export_uri
 from runs.reading import read_metrics, read_result, sizes
+from training.checkpoints.weights import fetch_weights
 from training.data.prompting import stop_tokens
 from training.inference.model_card import Card, describe_sampling
 from training.inference.vllm_environment import python_of_vllm
@@ -63,6 +64,14 @@ _CARD = "README.md"
 _NOT_VERIFIED = "The export was not verified"
 _SERVED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
 """Settings of a generation config that vLLM uses for requests without them."""
+_LONGROPE_OF_PHI_3 = {"short_factor", "long_factor"}
+_LONGROPE_KEYS = {
+    "phi3": _LONGROPE_OF_PHI_3,
+    "phi4_multimodal": _LONGROPE_OF_PHI_3,
+    "phimoe": _LONGROPE_OF_PHI_3 | {"short_mscale", "long_mscale", "original_max_position_embeddings"},
+}
+"""`model_type` -> the keys of rope_scaling that transformers 4 requires beside `type`; it rejects others."""
+_ALSO_IN_LONGROPE = {"rope_type", "type", "original_max_position_embeddings"}
 # The config file that every program needs to load an export.
 _LOADED_BY = {"merged": "config.json", "model": "config.json", "adapter": "adapter_config.json"}
 
@@ -97,13 +106,14 @@ def export(trained: "TrainedModel", settings: ExportConfig, *, progress: Callabl
             progress("loading the weights")
             _write_model(trained, planned, staged, progress)
         trained.tokenizer().save_pretrained(staged)
-        sampling = _sampling_settings(staged)
-        planned = planned.model_copy(update={"notes": [*planned.notes, *_sampling_notes(sampling)]})
+        sampling, limit = _sampling_settings(staged), _rope_limit(trained)
+        notes = [*planned.notes, *_sampling_notes(sampling), *_rope_notes(limit)]
+        planned = planned.model_copy(update={"notes": notes})
         planned = _verified(trained, planned, settings, staged, progress, "Nothing was exported.")
         if planned.gguf:
             progress("writing the GGUF file")
             _write_gguf(planned, settings, staged)
-        (staged / _CARD).write_text(_card(trained, planned, sampling).to_markdown(), "utf-8")
+        (staged / _CARD).write_text(_card(trained, planned, sampling, limit).to_markdown(), "utf-8")
         progress(f"writing to {planned.uri}")
         return _publish(store, planned, staged)
 
@@ -180,6 +190,28 @@ def _sampling_notes(sampling: Mapping[str, float]) -> Iterator[str]:
         )
 
 
+def _rope_limit(trained: "TrainedModel") -> int | None:
+    """Return the longest sequence with RoPE's ordinary frequencies; see `rope_limit` in training/models/attention.py."""
+    from training.models.architecture import load_config
+    from training.models.attention import rope_limit
+
+    source = trained.base or trained.checkpoint
+    directory = (
+        trained.fetch_base(is_tokenizer_file)
+        if trained.base
+        else fetch_weights(source, trained.cache, is_tokenizer_file)
+    )
+    return rope_limit(load_config(directory, source, trained.config.trust_remote_code))
+
+
+def _rope_notes(limit: int | None) -> Iterator[str]:
+    if limit is not None:
+        yield (
+            f"RoPE of this model has other frequencies above {limit:,} tokens. transformers chooses them by the length of each sequence, but "
+            f"vLLM by --max-model-len: serve it with --max-model-len {limit}. A larger value changes the answers to shorter requests."
+        )
+
+
 def _read_export(store: Store) -> Export | None:
     content = store.read_if_exists(EXPORT_FILE)
     if content is None:
@@ -231,7 +263,8 @@ def _verify_in_place(
     verified = _verified(
         trained, unverified, settings, directory, progress, f"{written.uri} and its record are unchanged."
     )
-    card = _card(trained, verified, _sampling_settings(directory)).to_markdown().encode()
+    sampling, limit = _sampling_settings(directory), _rope_limit(trained)
+    card = _card(trained, verified, sampling, limit).to_markdown().encode()
     record = FileRecord(path=_CARD, size=len(card), checksum=checksum_bytes(card))
     files = [record if file.path == _CARD else file for file in written.files]
     exported = verified.model_copy(update={"files": files})
@@ -372,7 +405,11 @@ def write_earlier_rope_keys(file: Path) -> None:
     settings[base] = scaling.pop("rope_theta")
     if "partial_rotary_factor" in scaling:
         settings[part] = scaling.pop("partial_rotary_factor")
-    settings["rope_scaling"] = scaling if scaling.get("rope_type", "default") != "default" else None
+    kind = scaling.get("rope_type", "default")
+    keys = _LONGROPE_KEYS.get(settings.get("model_type", ""), set()) if kind == "longrope" else set()
+    if keys and scaling.keys() <= keys | _ALSO_IN_LONGROPE:
+        scaling = {"type": kind} | {key: scaling[key] for key in scaling.keys() & keys}
+    settings["rope_scaling"] = scaling if kind != "default" else None
     file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
@@ -426,7 +463,7 @@ def _write_gguf(planned: Export, settings: ExportConfig, directory: Path) -> Non
         )
 
 
-def _card(trained: "TrainedModel", planned: Export, sampling: Mapping[str, float]) -> Card:
+def _card(trained: "TrainedModel", planned: Export, sampling: Mapping[str, float], limit: int | None) -> Card:
     run = open_store(trained.run_uri)
     return Card(
         export=planned,
@@ -435,6 +472,7 @@ def _card(trained: "TrainedModel", planned: Export, sampling: Mapping[str, float
         config=trained.config,
         manifest=trained.manifest,
         sampling=sampling,
+        rope_limit=limit,
         rank=read_adapter_facts(trained.checkpoint).largest_rank if trained.base else 0,
         result=read_result(run),
         metrics=read_metrics(run),

@@ -52,6 +52,8 @@ class Card:
     """Manifest of the checkpoint."""
     sampling: Mapping[str, float]
     """Settings of the generation config that change what a vLLM server answers."""
+    rope_limit: int | None
+    """Longest sequence with RoPE's ordinary frequencies; None if they do not depend on the length."""
     rank: int
     """Largest LoRA rank of an adapter; 0 for a full-parameter model."""
     result: RunResult | None
@@ -155,13 +157,14 @@ class Card:
         ]
 
     def _usage(self) -> list[str]:
+        limit = f" --max-model-len {self.rope_limit}" if self.rope_limit else ""
         if self.export.kind == "adapter":
             most = max_lora_rank(self.rank) or self.rank
             commit = f" --revision {self.revision}" if self.revision else ""
             python_commit = f', revision="{self.revision}"' if self.revision else ""
             return [
                 f"    vllm serve {self.base}{commit} --enable-lora --max-lora-rank {most} --lora-modules tuned=DIRECTORY "
-                f"--tokenizer DIRECTORY --generation-config DIRECTORY --dtype {_VLLM_DTYPES[self.config.dtype]}\n",
+                f"--tokenizer DIRECTORY --generation-config DIRECTORY --dtype {_VLLM_DTYPES[self.config.dtype]}{limit}\n",
                 "`--tokenizer` gives the chat template and added tokens of this adapter, and `--generation-config` its end tokens: "
                 "without them, vLLM takes those of the base model.\n",
                 *self._sampling_usage(", but also the end tokens of this adapter"),
@@ -170,7 +173,7 @@ class Card:
                 "    model = PeftModel.from_pretrained(base, DIRECTORY)",
             ]
         return [
-            "    vllm serve DIRECTORY\n",
+            f"    vllm serve DIRECTORY{limit}\n",
             *self._sampling_usage(""),
             "or, in Python:\n",
             "    model = AutoModelForCausalLM.from_pretrained(DIRECTORY)",

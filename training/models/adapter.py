@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from configs.schema import LoraConfig
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PREFIX = "base_model.model."
+_LONGEST_REASON = 300
+"""Characters of an error of PEFT in a message; some list all modules."""
 # Keys of adapter_config.json that do not change what the loaded adapter computes.
 _RECORDED = {
     "auto_mapping",
@@ -328,14 +331,22 @@ def _adapted(base: MetaModel, settings: dict[str, Any], where: str) -> Any:
             warnings.simplefilter("ignore")
             adapted = peft.get_peft_model(model, peft.LoraConfig(**deepcopy(settings)))
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError) as error:
-        fix = " Write lora_dropout: 0." if "lora_dropout" in str(error) else ""
+        reason = shorten(first_line(error), _LONGEST_REASON, placeholder=" …")
         raise ModelError(
-            f"{where}: PEFT cannot add this adapter to {base.source}: {first_line(error)}{fix}"
+            f"{where}: PEFT cannot add this adapter to {base.source}: {reason.rstrip('.')}. {_fix_of(str(error), where)}"
         ) from error
     _check_modules(adapted, base.source, where)
     for key in ("rank_pattern", "alpha_pattern"):
         _check_order(adapted, key, settings.get(key) or {}, base.source, where)
     return adapted
+
+
+def _fix_of(error: str, where: str) -> str:
+    if "lora_dropout" in error:
+        return "Write lora_dropout: 0."
+    if where == "lora_config":
+        return "Correct lora_config."
+    return "Write the model that it was trained on as model_id, or restore the file as PEFT's save_pretrained wrote it."
 
 
 def _check_modules(adapted: Any, source: str, where: str) -> None:

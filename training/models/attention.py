@@ -45,6 +45,8 @@ SEQUENCE_PARALLEL = PACKED_WITHOUT_MASK - {"mixtral", "qwen3_moe"}
 _MOST_HEAD_DIM, _HEAD_DIM_STEP = 256, 8  # limits of PyTorch's flash kernels
 # Their frequencies depend on the largest position of the batch, which differs between workers that share a sequence.
 _ROPE_BY_LENGTH = {"dynamic", "longrope"}
+# Types with RoPE of Unsloth's own on a GPU, if an adapter is trained (unsloth/models/loader.py in Unsloth 2026.10.9).
+_ROPE_BY_UNSLOTH = {"gemma", "gemma2", "llama", "mistral", "qwen2", "qwen3"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class AttentionTraits:
     """Why workers cannot share sequences; None if they can: tokens meet in attention only, and each has its position id."""
     rope_limit: int | None = None
     """See `rope_limit`."""
+    rope_limit_of_unsloth: int | None = None
+    """See `_rope_limit_of_unsloth`."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,7 @@ def read_traits(directory: Path, source: str, *, trust_remote_code: bool) -> Att
         has_sdpa=_has_sdpa(config, trust_remote_code),
         undivided=_undivided(config, trust_remote_code),
         rope_limit=rope_limit(config),
+        rope_limit_of_unsloth=_rope_limit_of_unsloth(config),
     )
 
 
@@ -225,6 +230,38 @@ def rope_limit(config: "PreTrainedConfig") -> int | None:
         if isinstance(rope, dict) and (kind := rope.get("rope_type")) in _ROPE_BY_LENGTH
     ]
     return min(limits, default=None)
+
+
+def _rope_limit_of_unsloth(config: "PreTrainedConfig") -> int | None:
+    """Return the longest sequence for which a model can be loaded without a change of its RoPE by Unsloth; None: any length.
+
+    For sequences above `max_position_embeddings`, Unsloth divides the positions of all sequences (`_extended_rope_scaling` in
+    unsloth/models/llama.py), and nothing records this with an adapter. It computes dynamic RoPE and longrope with their ordinary
+    frequencies at any length, and Gemma's without the scaling of its config.
+    """
+    known: Any = config
+    if config.model_type not in _ROPE_BY_UNSLOTH:
+        return None
+    kind = (known.rope_parameters or {}).get("rope_type", "default")
+    if kind == "llama3":
+        return None
+    if kind != "default" and config.model_type in ("gemma", "gemma2"):
+        return 0
+    return min(rope_limit(config) or known.max_position_embeddings, known.max_position_embeddings)
+
+
+def exceeded_rope_of_unsloth(
+    config: FinetuneConfig, traits: AttentionTraits, max_context: int | None
+) -> int | None:
+    """Return the length above which Unsloth would change the RoPE of a run, or None if the run has no longer sequences.
+
+    Args:
+        config: The YAML.
+        traits: The model's properties.
+        max_context: Longest sequence without a context_length.
+    """
+    limit, longest = traits.rope_limit_of_unsloth, config.context_length or max_context or 0
+    return limit if limit is not None and longest > limit else None
 
 
 def _undivided(config: "PreTrainedConfig", trust_remote_code: bool) -> Excluded | None:

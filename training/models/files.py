@@ -27,6 +27,7 @@ _INDEX = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 """PEFT's name of an adapter's weights."""
 _ADAPTER_CONFIG = "adapter_config.json"
+_SWITCHES = {name for name, entry in LoraConfig.model_fields.items() if entry.annotation is bool}
 ALL_WEIGHTS = "its *.safetensors"
 """The weight files of a model in messages that cannot name one."""
 _SINGLE = "model.safetensors"
@@ -40,6 +41,8 @@ _TOKENIZER_FILES = COMPLETE_TOKENIZER | {"tokenizer.model", "vocab.json", CHAT_T
 _MORE_TEMPLATES = "additional_chat_templates"
 """Directory of a tokenizer's chat templates beside the default one, such as tool_use.jinja."""
 _MAX_HEADER_BYTES = 100 * 1024 * 1024  # the safetensors format's own limit
+_LFS_POINTER = b"version "
+"""First bytes of the text that Git stores instead of a large file."""
 _BITS_OF_DTYPE = (
     dict.fromkeys(("F64", "I64", "U64", "C64"), 64)
     | dict.fromkeys(("F32", "I32", "U32"), 32)
@@ -502,7 +505,7 @@ class AdapterFacts:
     source: str
     base_model: str
     lora: dict[str, Any]
-    """Content of adapter_config.json."""
+    """Content of adapter_config.json, without switches that are null."""
     parameter_shapes: dict[str, tuple[int, ...]]
     """Name -> shape of each tensor in adapter_model.safetensors."""
     tokenizer_files: frozenset[str] = frozenset()
@@ -555,6 +558,8 @@ def read_adapter_facts(source: str) -> AdapterFacts:
         raise ModelError(
             f"adapter {source}: peft_type is {config.get('peft_type')!r}, but only LORA is supported. Use a LoRA adapter."
         )
+    # Axolotl writes null for a switch that is off, and PEFT reads it so.
+    config = {key: value for key, value in config.items() if value is not None or key not in _SWITCHES}
     _check_values(config, f"adapter {source}: adapter_config.json")
     tensors = _read_header(store, ADAPTER_FILE, names[ADAPTER_FILE])
     return AdapterFacts(
@@ -710,7 +715,12 @@ def _parse_header(
     """
     if size < 8:
         raise ModelError(f"{where}: {size} bytes is too short for a safetensors file. Upload it again.")
-    (length,) = struct.unpack("<Q", read(0, 8))
+    beginning = read(0, 8)
+    if beginning == _LFS_POINTER:
+        raise ModelError(
+            f"{where}: is a Git LFS pointer instead of the weights. Run `git lfs pull` in the repository, and upload the file again."
+        )
+    (length,) = struct.unpack("<Q", beginning)
     if length > min(size - 8, _MAX_HEADER_BYTES):
         raise ModelError(
             f"{where}: header length is {length} bytes but the file has {size}; it is corrupt or not a safetensors file. Upload it again."

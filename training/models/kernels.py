@@ -1,8 +1,9 @@
 """Choice of kernels: a compatibility table, from which `auto` chooses and which docs/kernels.md shows."""
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 from configs.schema import FinetuneConfig, LoraConfig
@@ -117,6 +118,7 @@ def choose_kernels(
     *,
     continued: Mapping[str, Any] | None = None,
     elsewhere: bool = False,
+    exceeded_rope: int | None = None,
 ) -> KernelChoice:
     """Resolve `kernels` for this run; reject kernels that cannot train it.
 
@@ -126,12 +128,16 @@ def choose_kernels(
         stage: ZeRO stage; 0 without ZeRO.
         continued: The configuration of the adapter to continue, once it has been read.
         elsewhere: Whether the run trains in another environment, where a package that is missing here is no error.
+        exceeded_rope: See `exceeded_rope_of_unsloth` in training/models/attention.py.
     """
     asked = config.kernels
+    why_not = partial(
+        _why_not, config=config, device=device, stage=stage, continued=continued, exceeded_rope=exceeded_rope
+    )
     if asked == "auto":
-        return _choose(config, device, stage, continued)
-    if reason := _why_not(asked, config, device, stage, continued):
-        others = [name for name in get_args(Provider) if not _why_not(name, config, device, stage, continued)]
+        return _choose(device, why_not)
+    if reason := why_not(asked):
+        others = [name for name in get_args(Provider) if not why_not(name)]
         advice = (
             f"kernels: auto or {' or '.join(others)}"
             if others
@@ -146,12 +152,10 @@ def choose_kernels(
     return KernelChoice(asked, "set by `kernels`" + (", in its CPU mode" if in_cpu_mode else ""))
 
 
-def _choose(
-    config: FinetuneConfig, device: Device, stage: int, continued: Mapping[str, Any] | None
-) -> KernelChoice:
+def _choose(device: Device, why_not: Callable[[Provider], str | None]) -> KernelChoice:
     skipped = []
     for provider, advantage in _PREFERRED[device]:
-        reason = _why_not(provider, config, device, stage, continued)
+        reason = why_not(provider)
         if reason is None and provider == "unsloth" and not is_installed("unsloth"):
             reason = "Unsloth is not installed (make setup-unsloth)"
         if reason is None:
@@ -166,6 +170,7 @@ def _why_not(
     device: Device,
     stage: int,
     continued: Mapping[str, Any] | None,
+    exceeded_rope: int | None,
 ) -> str | None:
     method: Method = "QLoRA" if config.load_in_4bit else "LoRA" if config.trains_adapter else "full"
     spread = f"ZeRO-{stage}" if stage else "DDP" if config.most_devices > 1 else "one worker"
@@ -182,6 +187,11 @@ def _why_not(
         return "Unsloth computes in 16 bits on a GPU, also with dtype: fp32"
     if provider == "unsloth" and (others := _modules_to_save_without_unsloth(config, continued)):
         return f"Unsloth does not train {' and '.join(others)} of {where}modules_to_save, only embed_tokens, lm_head and norms"
+    if provider == "unsloth" and device == "cuda" and config.trains_adapter and exceeded_rope is not None:
+        return (
+            f"Unsloth changes the RoPE of this model if sequences may have more than {exceeded_rope:,} tokens (context_length), unlike chat, "
+            "exports and servers"
+        )
     packages = [package for package in _ATTENTION_OF_UNSLOTH if is_installed(package)]
     if provider == "unsloth" and device == "cuda" and config.deterministic and packages:
         return f"Unsloth's attention would use {packages[0]}, whose gradients are not deterministic"

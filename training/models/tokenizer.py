@@ -1,5 +1,6 @@
 """Load a model's tokenizer, with an optional chat template from the YAML."""
 
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from utils.processes import importing
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+_JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # Spaces, line ends, numbers, contractions, code and accents, on which pre-tokenizers differ. It begins with a letter, because
 # transformers' Llama tokenizer treats a leading space as sentencepiece does, and older tokenizer.json files do not.
 _PROBE = "Order 1234567 costs $12.50.\r\n\n  It's WE'LL  caf\u00e9 cafe\u0301\n\tdef f_1(x): return x != 3  # \u4f60\u597d\u3002"
@@ -42,7 +44,7 @@ def load_tokenizer(
             tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
     except Exception as error:  # tokenizers raises plain Exception for a corrupt file
         raise ModelError(
-            f"model {source or directory}: the tokenizer cannot be loaded ({first_line(error)}). Copy the tokenizer files again from "
+            f"model {source or directory}: {_damaged_file(directory)}the tokenizer cannot be loaded ({first_line(error)}). Copy the tokenizer files again from "
             "the original model. A tokenizer with custom code also needs trust_remote_code: true."
         ) from error
     if not tokenizer.is_fast:
@@ -55,6 +57,18 @@ def load_tokenizer(
         # Any token works, because padding is always masked.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
+
+
+def _damaged_file(directory: Path) -> str:
+    """Return the first file of a tokenizer that is no JSON object, as a message names it; empty if there is none."""
+    for file in (directory / name for name in _JSON_FILES):
+        try:
+            is_object = not file.exists() or isinstance(json.loads(file.read_text("utf-8")), dict)
+        except ValueError:
+            is_object = False
+        if not is_object:
+            return f"{file.name}: "
+    return ""
 
 
 def _follows_file(tokenizer: "PreTrainedTokenizerFast", directory: Path) -> bool:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# They drop the cache once a sequence is longer than `original_max_position_embeddings` (`prepare_inputs_for_generation`).
+_WITHOUT_CACHE = ("phi3", "phimoe", "phi4_multimodal")
 
 
 def build(request: ModelRequest) -> "PreTrainedModel":
@@ -110,9 +112,7 @@ def load_weights(
         correct(model.generation_config, model.config)
     for limit in _lengths_without_cache(model.config):
         _recompute_at(model, limit)
-    for module in model.modules():
-        if getattr(module, "rope_type", None) == "dynamic" and hasattr(module, "original_max_seq_len"):
-            module.register_forward_pre_hook(_reset_frequencies)
+    reset_dynamic_rope(model)
     if load_in_4bit and device == "cpu":
         keep_4bit_layout(model)
     return model
@@ -121,7 +121,7 @@ def load_weights(
 def _lengths_without_cache(config: Any) -> set[int]:
     """Return the lengths after which RoPE changes, or transformers 5.17 drops the cache: for Phi, whatever its RoPE."""
     original = getattr(config, "original_max_position_embeddings", None)
-    lengths = {rope_limit(config), original if config.model_type in ("phi3", "phimoe") else None}
+    lengths = {rope_limit(config), original if config.model_type in _WITHOUT_CACHE else None}
     return {length for length in lengths if length is not None}
 
 
@@ -144,8 +144,14 @@ def _recompute_at(model: Any, limit: int) -> None:
     model.prepare_inputs_for_generation = prepare_all
 
 
+def reset_dynamic_rope(model: Any) -> None:
+    """Make dynamic RoPE depend on the sequences of a batch alone; transformers 5.17 retains the frequencies of the longest so far."""
+    for module in model.modules():
+        if getattr(module, "rope_type", None) == "dynamic" and hasattr(module, "original_max_seq_len"):
+            module.register_forward_pre_hook(_reset_frequencies)
+
+
 def _reset_frequencies(rope: Any, _: Any) -> None:
-    """Make dynamic RoPE start from its first frequencies; transformers 5.17 retains those of the longest sequence so far."""
     rope.inv_freq, rope.max_seq_len_cached = rope.original_inv_freq, rope.original_max_seq_len
 
 

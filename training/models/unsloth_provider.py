@@ -112,6 +112,7 @@ def _load(directory: Path, request: ModelRequest) -> Any:
         raise
     if model.generation_config is not None:
         correct(model.generation_config, model.config)
+    torch_provider.reset_dynamic_rope(model)
     model.config.use_cache = False  # evaluation would fill the KV cache of every layer
     if request.load_in_4bit and not getattr(model, "is_loaded_in_4bit", False):
         # Unsloth silently falls back to 16 bits.

@@ -140,7 +140,8 @@ def check_vocabulary(tokens: int, source: str, facts: ModelFacts) -> None:
     if tokens > rows:
         raise ModelError(
             f"adapter {source}: its tokenizer has {tokens:,} tokens, but the embedding of {facts.source} has {rows:,} rows. Write the "
-            "model with the resized embedding that the adapter was trained on as model_id."
+            "model with the resized embedding that the adapter was trained on as model_id. If training used none of the other "
+            "tokens, such as a padding token, remove the tokenizer files beside the adapter to use the base model's."
         )
 
 

@@ -56,6 +56,7 @@ def resolve_execution(
     *,
     continued: Mapping[str, Any] | None = None,
     elsewhere: bool = False,
+    exceeded_rope: int | None = None,
 ) -> Execution:
     """Read the DeepSpeed configuration and choose the kernels.
 
@@ -64,12 +65,15 @@ def resolve_execution(
         device: The device to train on.
         continued: The configuration of the adapter to continue, once it has been read.
         elsewhere: Whether the run trains in another environment, whose packages are unknown here.
+        exceeded_rope: See `exceeded_rope_of_unsloth` in training/models/attention.py, once the model has been read.
     """
     settings = deepspeed_settings(config)
     stage = cast("ZeroStage", settings.get("zero_optimization", {}).get("stage", 0) if settings else 0)
     # Full-parameter training without DeepSpeed uses fp32 master weights and autocast.
     in_16_bits = config.dtype == "bf16" and (config.trains_adapter or stage > 0)
-    kernels = choose_kernels(config, device, stage, continued=continued, elsewhere=elsewhere)
+    kernels = choose_kernels(
+        config, device, stage, continued=continued, elsewhere=elsewhere, exceeded_rope=exceeded_rope
+    )
     return Execution(settings, stage, kernels, "bf16" if in_16_bits else "fp32")
 
 

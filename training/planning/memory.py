@@ -20,7 +20,12 @@ from training.models.architecture import (
     position,
     share_of_experts,
 )
-from training.models.attention import Attention, AttentionTraits, choose_attention
+from training.models.attention import (
+    Attention,
+    AttentionTraits,
+    choose_attention,
+    exceeded_rope_of_unsloth,
+)
 from training.models.files import ModelFacts, is_fully_trained, lora_ranks
 from training.models.kernels import Device, Provider, offloads_activations
 from training.planning.deepspeed import Execution, check_optimizer, is_offloaded, resolve_execution
@@ -578,7 +583,8 @@ def _changed(job: Job, changes: dict[str, Any]) -> Job | None:
         config = FinetuneConfig.model_validate(job.config.model_dump(exclude_unset=True) | changes)
     except ValidationError:
         return None
-    execution = resolve_execution(config, job.device, continued=job.continued)
+    exceeded = exceeded_rope_of_unsloth(config, job.traits, job.facts.max_context)
+    execution = resolve_execution(config, job.device, continued=job.continued, exceeded_rope=exceeded)
     return replace(
         job,
         config=config,

@@ -22,7 +22,7 @@ from training.data.shards import ShardMap
 from training.data.sources import DataFile, find_files
 from training.data.summary import DataSummary
 from training.models.adapter import describe_mixture
-from training.models.attention import check_windows
+from training.models.attention import check_windows, choose_attention, exceeded_rope_of_unsloth
 from training.models.files import ModelFacts, hub_revision, is_fully_trained, read_adapter_facts
 from training.models.hub import check_hub_access
 from training.models.tokenizer import describe_template
@@ -270,18 +270,34 @@ def _check_run(
     storage = _check_storage(loaded.config, progress)
     progress("model")
     start = read_start(loaded.config, storage)
-    if start.adapter_facts:  # its settings decide which kernels can train it
-        settings = _resolve_settings(loaded.config, target, start.adapter_facts.lora)
+    continued = start.adapter_facts.lora if start.adapter_facts else None
+    if continued is not None:  # its settings decide which kernels can train it
+        settings = _resolve_settings(loaded.config, target, continued)
     model = read_model(loaded.config, settings, storage, start)
+    exceeded = exceeded_rope_of_unsloth(loaded.config, model.traits, model.facts.max_context)
+    if exceeded is not None:
+        settings = _resolve_settings(loaded.config, target, continued, exceeded)
+        provider = settings.execution.kernels.provider
+        attention = choose_attention(loaded.config, model.traits, settings.device, provider)
+        model = replace(model, attention=attention)
     adapter = count_trainable(loaded.config, settings, storage, model)
     return settings, storage, model, adapter
 
 
 def _resolve_settings(
-    config: FinetuneConfig, target: ClusterTarget, continued: Mapping[str, Any] | None = None
+    config: FinetuneConfig,
+    target: ClusterTarget,
+    continued: Mapping[str, Any] | None = None,
+    exceeded_rope: int | None = None,
 ) -> Settings:
     device = choose_device(config, target)
-    execution = resolve_execution(config, device, continued=continued, elsewhere=target.is_job_server)
+    execution = resolve_execution(
+        config,
+        device,
+        continued=continued,
+        elsewhere=target.is_job_server,
+        exceeded_rope=exceeded_rope,
+    )
     return Settings(target, device, execution)
 
 

@@ -158,6 +158,10 @@ def explain_os_error(error: OSError, action: str, uri: str) -> BucketError:
         return BucketError(
             f"{where}: permission denied ({rejected}); change its owner or choose another location"
         )
+    if isinstance(error, NotADirectoryError):
+        paths = [Path(error.filename or uri), *Path(error.filename or uri).parents]
+        file = next((path for path in paths if path.is_file()), paths[0])
+        return BucketError(f"{where}: {file} is a file; name a directory, such as {file.parent}")
     place = Path(error.filename2 or error.filename or "").parent  # for a copy: the target
     if is_disk_full(error, place):
         free = f"; {format_bytes(free_bytes(place))} are free in {place}" if error.filename else ""

@@ -2,18 +2,21 @@
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from service.checkpoints import Checkpoint
-from service.engine import Accepted, ChatRequest, Delta, Event, Failed, Sampling
+from configs.schema import FinetuneConfig
+from service.checkpoints import Checkpoint, base_checkpoint, read_checkpoint
+from service.engine import Accepted, ChatRequest, Delta, EngineSettings, Event, Failed, Sampling
 from service.errors import ApiError
 from service.models import ServedModel
 from service.prompts import ChatFormat
 from service.vllm_engine import VllmEngine
-from tests.support.tiny_model import make_tokenizer
+from tests.support.engines import store_full
+from tests.support.tiny_model import make_longrope_model, make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +132,16 @@ def test_answer_that_vllm_does_not_complete_ends_with_an_error(
     first = {"choices": [{"index": 0, "token_ids": tokens[:1]}]}
     _, events = generate(chat_format, httpx.Response(200, text=f"data: {json.dumps(first)}\n\n{rest}"))
     assert events == [Accepted(2), Delta(0, "4"), Failed(500, message, "server_error")]
+
+
+@pytest.mark.parametrize(("has_fixed_rope", "context"), [(True, 128), (False, 512)])
+def test_context_of_vllm_ends_where_rope_changes(has_fixed_rope: bool, context: int, tmp_path: Path):
+    """Above it, vLLM 0.32 would compute shorter requests, too, with the frequencies of longer sequences."""
+    model = make_longrope_model(tmp_path / "model", 128)
+    config = FinetuneConfig(
+        model_id=str(model), train_path="rows.jsonl", device="cpu", output_dir=str(tmp_path / "scratch")
+    )
+    settings = EngineSettings("phi", str(model), config, 1, threads=1, has_fixed_rope=has_fixed_rope)
+    assert base_checkpoint(settings).format.context == context
+    checkpoint = store_full(tmp_path / "runs", "run", model)
+    assert read_checkpoint(checkpoint, settings, {}).format.context == context

@@ -22,7 +22,7 @@ from tests.support.jobs import CompletedCommand, error_of
 from tests.support.live_memory import LiveMemory
 from tests.support.messages import assert_names
 from tests.support.own_buckets import set_up_own_bucket
-from tests.support.tiny_model import make_model
+from tests.support.tiny_model import make_longrope_model, make_model
 from tests.support.trained_runs import store_adapter_run, store_full_run
 from training.checkpoints.weights import fetch_weights
 from training.data.records import Chat
@@ -237,6 +237,23 @@ def test_card_of_an_adapter_has_the_command_that_serves_what_was_trained(
     assert_names(command, str(tiny_model), "--max-lora-rank 32", "--tokenizer DIRECTORY", "--dtype float32")
     tokenizer = AutoTokenizer.from_pretrained(exported.uri)
     assert GenerationConfig.from_pretrained(exported.uri).eos_token_id == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("merge", ["--dtype=fp32", "--no-merge"])
+def test_longest_sequence_with_the_ordinary_rope_is_reported_for_servers(
+    run_command: RunCommand, storage: Store, tmp_path: Path, scratch: dict[str, str], merge: str
+):
+    """vLLM 0.32 chooses longrope's frequencies by --max-model-len, not by the length of a sequence (phi3_long_rope_scaled_rope.py)."""
+    model = make_longrope_model(tmp_path / "phi", 128)
+    run = store_adapter_run(storage, "run", model, {"r": 4, "target_modules": ["qkv_proj"]}, **scratch)
+    exported = parse_export(run_command("export", run, merge, "--json"))
+    (note,) = exported.notes
+    assert_names(note, "RoPE", "128 tokens", "--max-model-len 128")
+    text = (Path(exported.uri) / "README.md").read_text()
+    (command,) = [line for line in text.splitlines() if "vllm serve" in line]
+    assert "--max-model-len 128" in command
+    again = parse_export(run_command("export", run, merge, "--verify", "--json"))
+    assert again.notes == exported.notes
 
 
 def test_merge_needs_memory_for_one_copy_of_the_model(

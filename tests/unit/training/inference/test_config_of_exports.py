@@ -5,7 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, Gemma3TextConfig, GPTNeoXConfig, LlamaConfig, PhiConfig, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    Phi3Config,
+    PhiConfig,
+    PhimoeConfig,
+    PreTrainedConfig,
+)
 
 from training.inference.export import write_earlier_rope_keys
 
@@ -23,7 +32,9 @@ def written(config: PreTrainedConfig, directory: Path) -> dict[str, Any]:
     config.save_pretrained(directory)
     before = AutoConfig.from_pretrained(directory).to_dict()
     write_earlier_rope_keys(directory / "config.json")
-    assert AutoConfig.from_pretrained(directory).to_dict() == before
+    after = AutoConfig.from_pretrained(directory).to_dict()
+    after["rope_parameters"].pop("type", None)  # the same as rope_type
+    assert {key: after[key] for key in before} == before
     return json.loads((directory / "config.json").read_text())
 
 
@@ -51,3 +62,28 @@ def test_gpt_neox_also_has_its_own_names_of_base_and_rotated_part(tmp_path: Path
 
 def test_parameters_per_kind_of_layer_are_left_alone(tmp_path: Path):
     assert "rope_scaling" not in written(Gemma3TextConfig(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        (Phi3Config, set()),
+        (PhimoeConfig, {"short_mscale", "long_mscale", "original_max_position_embeddings"}),
+    ],
+    ids=["phi3", "phimoe"],
+)
+def test_longrope_of_phi_has_the_keys_that_transformers_4_requires(kind: Any, more: set[str], tmp_path: Path):
+    """It raises an error for other keys (`_rope_scaling_validation` in configuration_phi3.py of 4.57)."""
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 32}
+    mscale = {"short_mscale": 1.1, "long_mscale": 1.2} if more else {}
+    rope = {"rope_type": "longrope", "rope_theta": 5000.0} | factors | mscale
+    config = kind(
+        hidden_size=32,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        original_max_position_embeddings=32,
+        rope_parameters=rope,
+    )
+    settings = written(config, tmp_path)
+    assert settings["rope_scaling"].keys() == {"type", "short_factor", "long_factor"} | more
+    assert (settings["rope_theta"], settings["original_max_position_embeddings"]) == (5000.0, 32)

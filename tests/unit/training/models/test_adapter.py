@@ -425,6 +425,14 @@ def test_adapter_that_the_worker_could_not_build_is_rejected(
         new_adapter(meta_model(directory), LoraConfig(**lora))
 
 
+def test_adapter_of_another_architecture_is_rejected_with_the_fix(models: dict[str, Path], tmp_path: Path):
+    """PEFT lists all its modules."""
+    adapter = write_adapter(tmp_path, models["gpt2"], fan_in_fan_out=True)
+    with pytest.raises(ModelError, match=r"Target modules .* …\. Write .*as model_id") as error:
+        continued_adapter(meta_model(models["llama"]), read_adapter_facts(str(adapter)))
+    assert len(str(error.value)) < 700
+
+
 HEAD_AND_ROWS = "modules_to_save trains lm_head in full, but trainable_token_indices"
 
 

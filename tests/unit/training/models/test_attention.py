@@ -18,6 +18,7 @@ from training.models.attention import (
     check_sequence_parallel,
     check_windows,
     choose_attention,
+    exceeded_rope_of_unsloth,
     read_traits,
 )
 from training.models.files import ModelError
@@ -46,6 +47,13 @@ LONGROPE: dict[str, Any] = {
     "long_factor": [1.0 + 4 * dimension for dimension in range(8)],
 }
 DYNAMIC: dict[str, Any] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+LLAMA_3: dict[str, Any] = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 
 
 @pytest.mark.parametrize(
@@ -262,3 +270,29 @@ def test_rope_limit_is_the_length_from_which_a_row_depends_on_others(
 def test_models_with_fixed_frequencies_have_no_rope_limit(tmp_path: Path):
     AutoConfig.for_model("llama").save_pretrained(tmp_path)
     assert read_traits(tmp_path, "a/llama", trust_remote_code=False).rope_limit is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "rope", "limit"),
+    [
+        ("llama", {}, 64),
+        ("qwen3", {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}, 64),
+        ("llama", LONGROPE | {"original_max_position_embeddings": 32}, 32),
+        ("mistral", DYNAMIC, 64),
+        ("llama", LLAMA_3, None),
+        ("gemma2", {"rope_type": "linear", "factor": 2.0}, 0),
+        ("gemma2", {}, 64),
+        ("phi3", LONGROPE, None),  # Unsloth leaves it to transformers
+    ],
+    ids=str,
+)
+def test_rope_limit_of_unsloth_is_the_length_above_which_it_changes_a_model(
+    kind: str, rope: dict[str, Any], limit: int | None, tmp_path: Path
+):
+    settings = SMALL | {"max_position_embeddings": 64, "rope_parameters": {"rope_theta": 1e4} | rope}
+    AutoConfig.for_model(kind, **settings).save_pretrained(tmp_path)
+    traits = read_traits(tmp_path, "a/model", trust_remote_code=False)
+    assert traits.rope_limit_of_unsloth == limit
+    for keys, longest in (({"context_length": 64}, 64), ({"context_length": 65}, 65), ({}, 64)):
+        exceeded = exceeded_rope_of_unsloth(config(**keys), traits, 64)
+        assert exceeded == (limit if limit is not None and longest > limit else None)

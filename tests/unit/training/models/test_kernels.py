@@ -141,6 +141,22 @@ def test_auto_does_not_select_unsloth_for_workers_that_share_sequences(monkeypat
         choose_kernels(config(**shared, kernels="unsloth"), "cuda", 0)
 
 
+def test_unsloth_is_not_selected_for_sequences_whose_rope_it_would_change(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernels, "is_installed", lambda package: True)
+    longer = {"context_length": 4096, "lora_config": {}}
+    choice = choose_kernels(config(**longer), "cuda", 0, exceeded_rope=2048)
+    assert choice.provider == "liger"
+    assert_names(choice.reason, "Unsloth", "RoPE", "2,048", "context_length")
+    with pytest.raises(ModelError, match=r"kernels: unsloth: .*RoPE.*kernels: auto or liger or torch"):
+        choose_kernels(config(**longer, kernels="unsloth"), "cuda", 0, exceeded_rope=2048)
+    # Its CPU mode and full-parameter training use RoPE of transformers.
+    assert (
+        choose_kernels(config(**longer, kernels="unsloth"), "cpu", 0, exceeded_rope=2048).provider
+        == "unsloth"
+    )
+    assert choose_kernels(config(context_length=4096), "cuda", 0, exceeded_rope=2048).provider == "unsloth"
+
+
 def test_auto_does_not_select_unsloth_for_packed_rows(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kernels, "is_installed", lambda package: True)
     choice = choose_kernels(config(packing=True), "cuda", 0)

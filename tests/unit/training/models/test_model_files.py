@@ -162,6 +162,12 @@ def header(content: Any) -> bytes:
         ),
         (overwrite_file("config.json", b"{"), r"/model/config\.json: .*JSON"),
         (overwrite_file("config.json", b"[]"), r"/model/config\.json: .*list.*object"),
+        (
+            overwrite_file(
+                "model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n"
+            ),
+            r"/model\.safetensors: .*Git LFS pointer.*git lfs pull",
+        ),
         (truncate_to(0), r"/model\.safetensors: .*\b0 bytes"),
         (truncate_to(100), r"/model\.safetensors: .*header .*\d+ bytes.* 100\b"),
         (truncate_to(3000), r"/model\.safetensors: .*\b3000 bytes.*header.*\d+"),
@@ -611,6 +617,14 @@ def test_fractional_alpha_and_empty_layers_pattern_are_accepted(adapter: Path, t
     copy = Path(shutil.copytree(adapter, tmp_path / "adapter"))
     change_config(copy, lora_alpha=22.6, alpha_pattern={"q_proj": 0.5}, layers_pattern=[])
     assert read_adapter_facts(str(copy)).lora["lora_alpha"] == 22.6
+
+
+def test_null_is_read_as_a_setting_that_is_off(adapter: Path, tmp_path: Path):
+    """Axolotl writes `fan_in_fan_out: null`, and PEFT takes null for false."""
+    copy = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    switches = ("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias", "ensure_weight_tying")
+    change_config(copy, **dict.fromkeys(switches))
+    assert read_adapter_facts(str(copy)).lora.keys().isdisjoint(switches)
 
 
 def test_config_in_utf_16_is_rejected(adapter: Path, tmp_path: Path):

@@ -1,6 +1,7 @@
 """Tokenizers whose files name a class that treats text differently than their tokenizer.json."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from tests.support.tiny_model import make_model
+from training.models.files import ModelError
 from training.models.tokenizer import load_tokenizer
 
 TEXT = "Order 1234567 costs $12.\n\nIt's 3 items"
@@ -49,3 +51,14 @@ def test_truncation_stored_in_tokenizer_json_does_not_matter(tmp_path: Path):
     name_class(tmp_path, "LlamaTokenizerFast", "llama")
     tokenizer = load_tokenizer(tmp_path, trust_remote_code=False, chat_template=None)
     assert tokenizer.decode(tokenizer(TEXT)["input_ids"]) == TEXT
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_damaged_file_is_named(name: str, content: str, tmp_path: Path):
+    make_model(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(
+        ModelError, match=rf"^model a/tiny: {re.escape(name)}: the tokenizer cannot be loaded"
+    ):
+        load_tokenizer(tmp_path, trust_remote_code=False, chat_template=None, source="a/tiny")

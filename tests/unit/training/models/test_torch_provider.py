@@ -12,8 +12,10 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from configs.schema import LoraConfig
+from tests.support.kernel_processes import run_without_triton
 from tests.support.model_requests import model_request
 from tests.support.process_memory import anonymous_memory
+from tests.support.tiny_model import make_model
 from training.models import varlen_attention
 from training.models.attention import Attention
 from training.models.files import ModelError
@@ -32,6 +34,11 @@ LONGROPE: dict[str, Any] = FIXED | {
     "rope_type": "longrope",
     "short_factor": [1.0] * 4,
     "long_factor": [1.0, 5.0, 9.0, 13.0],
+}
+_TINY_TOWER = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+TINY_TOWERS: dict[str, Any] = {
+    "vision_config": _TINY_TOWER | {"num_hidden_layers": 2, "image_size": 28, "crop_size": 28},
+    "audio_config": _TINY_TOWER | {"num_blocks": 2, "ext_pw_out_channel": 16, "nemo_conv_channels": 8},
 }
 
 
@@ -63,8 +70,14 @@ def test_models_without_sdpa_in_transformers_get_eager_attention(tmp_path: Path)
 @pytest.mark.parametrize("prompt", [10, 16, 20])
 @pytest.mark.parametrize(
     ("kind", "rope", "has_adapter"),
-    [("phi3", LONGROPE, False), ("phi3", LONGROPE, True), ("phi3", FIXED, False), ("phimoe", FIXED, False)],
-    ids=["longrope", "longrope with an adapter", "phi3", "phimoe"],
+    [
+        ("phi3", LONGROPE, False),
+        ("phi3", LONGROPE, True),
+        ("phi3", FIXED, False),
+        ("phimoe", FIXED, False),
+        ("phi4_multimodal", FIXED, False),
+    ],
+    ids=["longrope", "longrope with an adapter", "phi3", "phimoe", "phi4_multimodal"],
 )
 def test_answers_that_pass_the_original_length_equal_those_without_a_cache(
     *, kind: str, rope: dict[str, Any], has_adapter: bool, prompt: int, tmp_path: Path
@@ -72,7 +85,9 @@ def test_answers_that_pass_the_original_length_equal_those_without_a_cache(
     """Phi 3 in transformers 5.17 forgets the prompt there (`prepare_inputs_for_generation` in models/phi3/modeling_phi3.py)."""
     limit = {"original_max_position_embeddings": 16, "rope_parameters": rope}
     ids = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
-    phi = save_model(tmp_path, kind, initializer_range=0.3, max_position_embeddings=64, **limit, **ids)
+    towers = TINY_TOWERS if kind == "phi4_multimodal" else {}
+    others = limit | ids | towers
+    phi = save_model(tmp_path, kind, initializer_range=0.3, max_position_embeddings=64, **others)
     model: Any = load_weights(phi, dtype="fp32").eval()
     if has_adapter:
         model = get_peft_model(model, PeftConfig(r=2, target_modules="all-linear", init_lora_weights=False))
@@ -100,6 +115,21 @@ def test_dynamic_rope_does_not_depend_on_earlier_sequences(tokens: int, tmp_path
     first = model(rows[:, :tokens]).logits
     model(rows)
     assert torch.equal(model(rows[:, :tokens]).logits, first)
+
+
+@pytest.mark.slow
+def test_unsloth_on_cpu_loads_dynamic_rope_that_does_not_depend_on_earlier_sequences(tmp_path: Path):
+    directory = make_model(
+        tmp_path, positions=16, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    )
+    variables = {
+        "UNSLOTH_DISABLE_STATISTICS": "1",
+        "UNSLOTH_COMPILE_LOCATION": str(tmp_path / "compiled"),
+    }
+    lengths = "20", "60", "20"
+    run = run_without_triton("tests.support.unsloth_on_cpu", str(directory), *lengths, **variables)
+    first, _, again = run["logits"]
+    assert again == first
 
 
 def test_deterministic_experts_use_the_eager_implementation(tmp_path: Path):
