@@ -53,7 +53,7 @@ _TEXT_AND_CALLS = (
     *("tool_call_id", "tool_calls", "function_call", "functions", "tools"),
 )
 _CHANNELS = ("analysis", "commentary", "final")  # of gpt-oss
-_REASONING = (*REASONING_KEYS, "thought", "reasoning_details")
+_REASONING = (*REASONING_KEYS, "thought", "tool_plan", "reasoning_details")
 """Keys of a message that hold its reasoning."""
 _KNOWN = {*_TEXT_AND_CALLS, *_REASONING, *IN_LOSS, *OUT_OF_LOSS}
 # Calls that a model writes as text: Hermes, Granite, Glaive, ToolACE's [name(key=value)].

@@ -35,6 +35,7 @@ from training.data.template_forms import (
     answers_of,
     context_of,
     features_of,
+    has_reasoning,
     is_wrapped,
     map_messages,
     messages_of,
@@ -283,13 +284,17 @@ class Renderer:
         chat = replace(chat, messages=self._clean(chat.messages))
         said = self._said(chat.messages)
         errors: list[RowError] = []
-        for form in possible_forms(chat, self.template.source_for(chat.tools)):
+        forms = possible_forms(chat, self.template.source_for(chat.tools))
+        if has_reasoning(chat):
+            # The template may drop the reasoning of earlier turns, so that no check finds the form that it reads.
+            forms = sorted(forms, key=lambda form: form.reasoning != self.traits.reasoning_form)
+        for form in forms:
             messages = adapted(chat.messages, form, chat.tools)
             try:
                 text = self.template.render(messages, chat, prompt=True)
                 check_context(text, said, _names(chat, len(said)))
                 check_tools(text, said, chat.tools)
-                if form.parts:
+                if form.has_parts:
                     check_parts(text, messages)
             except RowError as error:
                 errors.append(error)
@@ -627,7 +632,7 @@ class Renderer:
         if not keeps_empty_thought:
             turn = _without_empty_thought(turn, answer["content"])
         check_answer(turn.completion, answer, chat.name_of(index))
-        if form.parts:
+        if form.has_parts:
             check_parts(turn.text, messages)
         calls = (
             "tool_calls" in answer
@@ -725,7 +730,7 @@ class Renderer:
                 whole = self.template.render(messages, chat)
                 check_context(whole, self._said(chat.messages), _names(chat, len(chat.messages)))
                 check_tools(whole, self._said(chat.messages), chat.tools)
-                if form.parts:
+                if form.has_parts:
                     check_parts(whole, messages)
                 for index in answers_of(chat.messages):
                     check_answer(whole, chat.messages[index], chat.name_of(index))

@@ -70,7 +70,7 @@ def check_parts(text: str, messages: Sequence[Message]) -> None:
     """Check that a template reads lists of parts and does not print them."""
     for index, message in enumerate(messages):
         content = message["content"]
-        if content and any(
+        if isinstance(content, list) and any(
             str(part) in text or json.dumps(part, ensure_ascii=False) in text for part in content
         ):
             raise RowError(
