@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property
-from itertools import chain, pairwise, takewhile
+from itertools import chain, pairwise
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast, overload
 
@@ -792,12 +792,28 @@ def _place_after(before: str, header: str, text: str) -> int:
     """
     best, place, found = -1, text.find(header), -1
     while place >= 0:
-        ends = zip(reversed(before), reversed(text[:place]), strict=False)
-        alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], ends))
+        alike = _same_before(before, text, place)
         if alike >= best:
             best, found = alike, place
         place = text.find(header, place + 1)
     return found
+
+
+def _same_before(before: str, text: str, place: int) -> int:
+    """Return how many characters before a place in a text equal the last ones of another text. Comparing them one by one takes seconds."""
+    longest = min(len(before), place)
+
+    def is_same(count: int) -> bool:
+        return text.startswith(before[len(before) - count :], place - count)
+
+    same, step = 0, 1
+    while same + step <= longest and is_same(same + step):
+        same += step
+        step *= 2
+    while step := step // 2:
+        if same + step <= longest and is_same(same + step):
+            same += step
+    return same
 
 
 def _without_empty_thought(turn: _Turn, content: str) -> _Turn:
