@@ -590,6 +590,14 @@ def test_a_pair_whose_answers_continue_raises_an_error():
         )
 
 
+@pytest.mark.parametrize(
+    "name", ["image", "images", "img", "image_path", "image_paths", "audio_file", "video_url", "pixel_values"]
+)
+def test_columns_of_media_are_rejected(name: str):
+    with pytest.raises(RowError, match=rf"`{name}`.*Only text is supported"):
+        read({"messages": [USER, ANSWER], name: "a.png"})
+
+
 def test_classification_notes_and_rejects_alike():
     row = {"text": "I like it", "label": "good", "images": ["a.png"]}
     with pytest.raises(RowError, match="`images`"):
