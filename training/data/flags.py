@@ -40,16 +40,17 @@ def is_in_loss(value: dict[str, Any], at: str) -> bool:
     judged = {}
     for key in (*IN_LOSS, *OUT_OF_LOSS):
         flag = value.get(key)
-        if flag is None or flag == []:
+        if flag in (None, "", []):
             continue
-        if flag not in (0, 1):  # True and False are 1 and 0
+        is_on = flag_of(flag)
+        if is_on is None:
             raise RowError(
                 "wrong weight",
                 f"{at} has {key} {short(flag)}. Use 1 or true to include the message in the loss, 0 or false to exclude it"
                 if key in IN_LOSS
                 else f"{at} has {key} {short(flag)}. Use true to exclude the message from the loss, or false",
             )
-        judged[key] = bool(flag) == (key in IN_LOSS)
+        judged[key] = is_on == (key in IN_LOSS)
     if len(set(judged.values())) > 1:
         raise RowError(
             "wrong weight", f"{at}: {' and '.join(judged)} contradict each other. Keep one of them"

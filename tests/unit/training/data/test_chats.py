@@ -1157,6 +1157,25 @@ def test_every_loss_key_of_a_message_is_obeyed(key: str):
         read({"messages": [USER, {**ANSWER, key: [0, 1]}]})
 
 
+@pytest.mark.parametrize(
+    ("keys", "is_untrained"),
+    [
+        ({"weight": "0"}, True),
+        ({"train": "false"}, True),
+        ({"mask": "True"}, True),
+        ({"weight": "1"}, False),
+        ({"weight": ""}, False),
+    ],
+    ids=str,
+)
+def test_loss_keys_may_be_texts(keys: dict[str, str], is_untrained: bool):
+    """Tables and maps have only texts."""
+    chat = read({"messages": [USER, {**ANSWER, **keys}, USER, ANSWER]})
+    assert (chat.messages, chat.untrained) == ([USER, ANSWER] * 2, (1,) * is_untrained)
+    with pytest.raises(RowError, match=r"message 2.*weight 'half'"):
+        read({"messages": [USER, {**ANSWER, "weight": "half"}, USER, ANSWER]})
+
+
 def test_a_plain_chat_whose_system_message_lists_the_tools_has_them_once():
     system = {"role": "system", "content": '<tools>[{"name": "look"}]</tools>'}
     assert read({"messages": [system, USER, ANSWER], "tools": [LOOK]}).tools is None
