@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.support.tiny_model import make_tokenizer
 from training.data.answer_marks import AnswerMarks, find_marks
 from training.data.chats import read_chat
+from training.data.errors import RowError
 from training.data.records import Chat
 from training.data.renderer import Renderer
 
@@ -182,3 +183,11 @@ def test_tool_plans_are_read_as_reasoning():
     chat = read_chat([QUESTION, calling], "messages", None)
     (rendered,) = Renderer(with_template(TEMPLATES["Command R7B"]), whole_text=False).render(chat)
     assert "<|START_THINKING|>I add them.<|END_THINKING|><|START_ACTION|>add" in rendered.text
+
+
+def test_tools_that_a_template_drops_are_named_although_other_forms_drop_the_reasoning():
+    renderer = Renderer(with_template(TEMPLATES["Mistral"]), whole_text=False)
+    answer = {"role": "assistant", "content": "It is 4.", "reasoning_content": "Is it 5?"}
+    tool = {"type": "function", "function": {"name": "add", "description": "", "parameters": {}}}
+    with pytest.raises(RowError, match=r"`tools`: the chat template drops a tool \('add'\)"):
+        renderer.render(Chat([QUESTION, answer], [tool]))
