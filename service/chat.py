@@ -20,6 +20,7 @@ from service.engine import Accepted, ChatRequest, Delta, Event, Failed, Sampling
 from service.errors import ApiError, error_body, invalid
 from service.models import ServedModel
 from service.requests import check_value, reject_constant
+from training.data.chat_template import SET_BY_RENDERING
 from training.data.chats import read_question
 from training.data.errors import RowError
 from training.data.records import REASONING_KEYS, Chat
@@ -49,26 +50,6 @@ _WITHOUT_EFFECT = {
     *("safety_identifier", "service_tier", "store", "user"),
 }
 """Parameters that do not change the answer."""
-_RESERVED_VARIABLES = {
-    *(
-        "add_generation_prompt",
-        "continue_final_message",
-        "conversation",
-        "conversations",
-        "documents",
-        "messages",
-    ),
-    *(
-        "chat_template",
-        "padding",
-        "return_assistant_tokens_mask",
-        "return_dict",
-        "return_tensors",
-        "tokenize",
-    ),
-    *("max_length", "tokenizer_kwargs", "tools", "truncation"),
-}
-"""Variables of chat templates and arguments of transformers that the service sets itself; special tokens too."""
 _MESSAGE_KEYS = {
     *("role", "content", "name", "tool_calls", "tool_call_id", "function_call", "weight"),
     *REASONING_KEYS,
@@ -203,7 +184,7 @@ def _read_body(value: Any) -> _Body:
             ) from error
         raise invalid(f"{key}: {first['msg']}.", key) from error
     for name in body.chat_template_kwargs:
-        if name in _RESERVED_VARIABLES or name.endswith("_token"):
+        if name in SET_BY_RENDERING:
             raise invalid(
                 f"chat_template_kwargs: {name[:100]!r} is set by the service. Remove it.",
                 "chat_template_kwargs",

@@ -26,7 +26,8 @@ _TEMPLATE_ERRORS = (
 """Exceptions that the code of a template raises for a row."""
 
 
-_SET_BY_RENDERING = frozenset({"messages", "tools", "add_generation_prompt", "strftime_now"})
+SET_BY_RENDERING = frozenset({"messages", "tools", "add_generation_prompt", "strftime_now"})
+"""Variables of chat templates that neither `chat_template_kwargs` nor a request to the service may set."""
 _IS_SET = "it is set for each rendering. Remove it."
 
 
@@ -50,7 +51,7 @@ class ChatTemplate:
         self._fixed_date = today
         self._special_tokens = dict(tokenizer.special_tokens_map)
         self.variables = variables
-        for name in _SET_BY_RENDERING & self.variables.keys():
+        for name in SET_BY_RENDERING & self.variables.keys():
             raise DataError(f"chat_template_kwargs.{name}: {_IS_SET}")
         self.source = str(tokenizer.get_chat_template(None, None)) if tokenizer.chat_template else ""
         """The template of rows without tools; empty if the model has none."""
@@ -82,7 +83,7 @@ class ChatTemplate:
         switch: Mapping[str, bool] | None = None,
     ) -> str:
         """Render messages with the tools and the variables of a chat."""
-        for name in _SET_BY_RENDERING & chat.variables.keys():
+        for name in SET_BY_RENDERING & chat.variables.keys():
             raise RowError("template", f"chat_template_kwargs.{name}: {_IS_SET}")
         try:
             # Equivalent to tokenizer.apply_chat_template, without its constant work per row.

@@ -14,7 +14,7 @@ from training.data.tools import (
     Tool,
     as_function,
     check_json,
-    parse_json,
+    parse_printed,
     python_value,
     read_calls,
     read_tools,
@@ -53,13 +53,15 @@ _TEXT_AND_CALLS = (
     *("tool_call_id", "tool_calls", "function_call", "functions", "tools"),
 )
 _CHANNELS = ("analysis", "commentary", "final")  # of gpt-oss
-_REASONING = (*REASONING_KEYS, "thought", "reasoning_details")
+_REASONING = (*REASONING_KEYS, "thought", "tool_plan", "reasoning_details")
 """Keys of a message that hold its reasoning."""
 _KNOWN = {*_TEXT_AND_CALLS, *_REASONING, *IN_LOSS, *OUT_OF_LOSS}
 # Calls that a model writes as text: Hermes, Granite, Glaive, ToolACE's [name(key=value)].
 _WRITTEN_CALL = re.compile(r"tool_call|<functioncall>|\[\s*[\w][\w .:/-]*\(")
 _WRITTEN_TURN = re.compile(r"\n\n(Human|Assistant): ?")
-_MEDIA = re.compile(r"(image|audio|video|file)(_url)?s?|input_(image|audio|file)")
+_MEDIA = re.compile(
+    r"((image|img|audio|video)s?(_(url|path|file)s?)?|file(_url)?s?|input_(image|audio|file)|pixel_values)"
+)
 
 
 @dataclass
@@ -140,7 +142,7 @@ def _read_messages(messages: list[Any], tools: list[Tool] | None) -> _Reading:
 def listed(value: Any, what: str) -> list[Any]:
     """Return a list of messages; CSV and some Parquet files store it as JSON text."""
     if isinstance(value, str) and value.lstrip().startswith("["):
-        value = parse_json(value, what)
+        value = parse_printed(value, what)
     if not isinstance(value, list | tuple):
         raise RowError("wrong type", f"{what} is {json_type(value)}, not a list of messages")
     if not value:
@@ -648,7 +650,7 @@ def mask_messages(messages: list[Any], mask: Any, what: str) -> list[Any]:
         what: Name of the mask's column in messages.
     """
     if isinstance(mask, str):
-        mask = parse_json(mask, what)
+        mask = parse_printed(mask, what)
     answers = [index for index, message in enumerate(messages) if is_answer(message)]
     if not isinstance(mask, list | tuple) or any(flag not in (0, 1) for flag in mask):
         raise RowError("wrong weight", f"{what} is not a list of 0 and 1")
@@ -708,7 +710,7 @@ def words_of(message: Any) -> tuple[str | None, str] | None:
 def read_history(value: Any, what: str) -> list[Message]:
     """Convert Alpaca's history, a list of [question, answer] pairs, into messages."""
     if isinstance(value, str):
-        value = parse_json(value, what) if value.strip() else []
+        value = parse_printed(value, what) if value.strip() else []
     if value and not isinstance(value, list | tuple):
         raise RowError("wrong type", f"{what} is {json_type(value)}, not a list of pairs")
     messages: list[Message] = []

@@ -14,6 +14,10 @@ IN_LOSS = (
 """Keys of a message, and columns, that say whether its tokens are in the loss: false or 0 excludes them."""
 OUT_OF_LOSS = ("mask", "masked", "ignore")
 """Keys that say the opposite."""
+_MASK = re.compile(
+    "(loss|train(ing)?|labels?|target|turn|message|assistant|response|completion|answer|token)s?_(mask|weight)s?"
+)
+"""Names of lists that say which parts of a row are in the loss."""
 _FLAGS: dict[Any, bool] = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
 """Labels and their meaning; 1 and 0 equal True and False, and CSV files have texts."""
 _RATINGS = ("good", "bad", "chosen", "rejected", "desirable", "undesirable")
@@ -36,16 +40,17 @@ def is_in_loss(value: dict[str, Any], at: str) -> bool:
     judged = {}
     for key in (*IN_LOSS, *OUT_OF_LOSS):
         flag = value.get(key)
-        if flag is None or flag == []:
+        if flag in (None, "", []):
             continue
-        if flag not in (0, 1):  # True and False are 1 and 0
+        is_on = flag_of(flag)
+        if is_on is None:
             raise RowError(
                 "wrong weight",
                 f"{at} has {key} {short(flag)}. Use 1 or true to include the message in the loss, 0 or false to exclude it"
                 if key in IN_LOSS
                 else f"{at} has {key} {short(flag)}. Use true to exclude the message from the loss, or false",
             )
-        judged[key] = bool(flag) == (key in IN_LOSS)
+        judged[key] = is_on == (key in IN_LOSS)
     if len(set(judged.values())) > 1:
         raise RowError(
             "wrong weight", f"{at}: {' and '.join(judged)} contradict each other. Keep one of them"
@@ -89,8 +94,10 @@ def _says_bad(key: str, value: Any) -> bool:
 
 def excludes_something(key: str, value: Any) -> bool:
     """Return whether a column says that something is excluded from the loss, or has a weight other than 1."""
-    if key not in (*IN_LOSS, *OUT_OF_LOSS, "masks"):
+    is_list = isinstance(value, list | tuple)
+    is_mask = is_list and _MASK.fullmatch(key) is not None
+    if not is_mask and key not in (*IN_LOSS, *OUT_OF_LOSS, "masks"):
         return False
-    included = key in IN_LOSS
-    values = value if isinstance(value, list | tuple) else [value]
+    included = is_mask or key in IN_LOSS
+    values = value if is_list else [value]
     return any(flag_of(each) is not included for each in values)

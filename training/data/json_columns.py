@@ -1,4 +1,4 @@
-"""Columns of Arrow's JSON type, in which `datasets` stores values of mixed types as JSON texts."""
+"""Columns of Arrow's types JSON, in which `datasets` stores values of mixed types as texts, and map, to which Spark converts dictionaries."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -7,13 +7,13 @@ from typing import Any
 import pyarrow as pa
 
 from training.data.class_names import class_names, with_names
-from training.data.errors import RowError
+from training.data.errors import RowError, unique_keys
 
 _Decoder = Callable[[Any], Any]
 
 
 def rows_of_batch(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | RowError]:
-    """Yield the rows of a batch, with JSON columns as the values that they hold, and numbers of classes with their names."""
+    """Yield the rows of a batch, with the values that JSON columns hold, maps as dictionaries, and numbers of classes with their names."""
     names = class_names(batch.schema.metadata)
     decoders = {
         field.name: decoder for field in batch.schema if (decoder := _decoder(field.type)) is not None
@@ -28,6 +28,8 @@ def _decoded(row: dict[str, Any], decoders: dict[str, _Decoder]) -> dict[str, An
     for name, decode in decoders.items():
         try:
             row[name] = decode(row[name])
+        except RowError as error:
+            return error  # of a map
         except ValueError as error:
             return RowError(
                 "not JSON",
@@ -37,7 +39,7 @@ def _decoded(row: dict[str, Any], decoders: dict[str, _Decoder]) -> dict[str, An
 
 
 def _decoder(kind: pa.DataType) -> _Decoder | None:
-    """Return a function that decodes the JSON inside a value of a type, or None if there is none."""
+    """Return a function that decodes the JSON and the maps inside a value of a type, or None if there are none."""
     if isinstance(kind, pa.JsonType):
         return lambda value: None if value is None else json.loads(value)
     if pa.types.is_struct(kind):
@@ -54,4 +56,11 @@ def _decoder(kind: pa.DataType) -> _Decoder | None:
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         entry = _decoder(kind.value_type)
         return (lambda value: value and [entry(each) for each in value]) if entry else None
+    if pa.types.is_map(kind):
+        entry = _decoder(kind.item_type)
+        return lambda value: (
+            None
+            if value is None
+            else unique_keys([(key, entry(each) if entry else each) for key, each in value])
+        )
     return None

@@ -8,7 +8,7 @@ import numpy as np
 from training.data.errors import RowError, json_type
 from training.data.records import Tokens
 from training.data.row_index import IGNORED
-from training.data.tools import parse_json
+from training.data.tools import parse_printed
 
 LOSS_COLUMNS = ("labels", "assistant_masks", "completion_mask", "loss_mask")
 """Columns that say which tokens are in the loss. A token is, if all that a row has say so."""
@@ -90,7 +90,7 @@ def check_loss(tokens: Tokens, *, whole_text: bool) -> None:
 def _integers(value: Any, name: str, count: int | None = None) -> list[int]:
     """Return a column's list of integers, which CSV files have as JSON text."""
     if isinstance(value, str):
-        value = parse_json(value, f"`{name}`")
+        value = parse_printed(value, f"`{name}`")
     if not isinstance(value, list | tuple):
         raise RowError("wrong type", f"`{name}` is {json_type(value)}, not a list of numbers")
     kinds = set(map(type, value))

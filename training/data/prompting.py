@@ -1,6 +1,6 @@
-"""Prompt encoding and stop tokens for generation with a trained model."""
+"""Prompt encoding, stop tokens and hidden tokens for generation with a trained model."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from training.data.chat_template import ChatTemplate
@@ -48,3 +48,21 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerFast", prompt: str, *, is_rende
         return tokenizer.encode(prompt, add_special_tokens=False)
     tokens = tokenizer.encode(prompt)
     return tokens[:-1] if tokens[-1:] == [tokenizer.eos_token_id] else tokens
+
+
+def tokens_left_out(
+    tokenizer: "PreTrainedTokenizerFast", stops: Iterable[int], shown: Collection[str]
+) -> frozenset[int]:
+    """Return the special tokens that are no part of an answer.
+
+    Args:
+        tokenizer: The tokenizer.
+        stops: The tokens that end an answer.
+        shown: Other special tokens that answers contain: marks of reasoning, and the run's `new_special_tokens`.
+    """
+    others = {
+        token
+        for token, added in tokenizer.added_tokens_decoder.items()
+        if added.special and added.content not in shown
+    }
+    return frozenset(others | set(stops))

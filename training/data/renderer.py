@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property
-from itertools import chain, pairwise, takewhile
+from itertools import chain, pairwise
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast, overload
 
@@ -35,6 +35,7 @@ from training.data.template_forms import (
     answers_of,
     context_of,
     features_of,
+    has_reasoning,
     is_wrapped,
     map_messages,
     messages_of,
@@ -283,13 +284,17 @@ class Renderer:
         chat = replace(chat, messages=self._clean(chat.messages))
         said = self._said(chat.messages)
         errors: list[RowError] = []
-        for form in possible_forms(chat, self.template.source_for(chat.tools)):
+        forms = possible_forms(chat, self.template.source_for(chat.tools))
+        if has_reasoning(chat):
+            # The template may drop the reasoning of earlier turns, so that no check finds the form that it reads.
+            forms = sorted(forms, key=lambda form: form.reasoning != self.traits.reasoning_form)
+        for form in forms:
             messages = adapted(chat.messages, form, chat.tools)
             try:
                 text = self.template.render(messages, chat, prompt=True)
                 check_context(text, said, _names(chat, len(said)))
                 check_tools(text, said, chat.tools)
-                if form.parts:
+                if form.has_parts:
                     check_parts(text, messages)
             except RowError as error:
                 errors.append(error)
@@ -629,7 +634,7 @@ class Renderer:
         if not keeps_empty_thought:
             turn = _without_empty_thought(turn, answer["content"])
         check_answer(turn.completion, answer, chat.name_of(index))
-        if form.parts:
+        if form.has_parts:
             check_parts(turn.text, messages)
         calls = (
             "tool_calls" in answer
@@ -727,7 +732,7 @@ class Renderer:
                 whole = self.template.render(messages, chat)
                 check_context(whole, self._said(chat.messages), _names(chat, len(chat.messages)))
                 check_tools(whole, self._said(chat.messages), chat.tools)
-                if form.parts:
+                if form.has_parts:
                     check_parts(whole, messages)
                 for index in answers_of(chat.messages):
                     check_answer(whole, chat.messages[index], chat.name_of(index))
@@ -789,12 +794,28 @@ def _place_after(before: str, header: str, text: str) -> int:
     """
     best, place, found = -1, text.find(header), -1
     while place >= 0:
-        ends = zip(reversed(before), reversed(text[:place]), strict=False)
-        alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], ends))
+        alike = _same_before(before, text, place)
         if alike >= best:
             best, found = alike, place
         place = text.find(header, place + 1)
     return found
+
+
+def _same_before(before: str, text: str, place: int) -> int:
+    """Return how many characters before a place in a text equal the last ones of another text. Comparing them one by one takes seconds."""
+    longest = min(len(before), place)
+
+    def is_same(count: int) -> bool:
+        return text.startswith(before[len(before) - count :], place - count)
+
+    same, step = 0, 1
+    while same + step <= longest and is_same(same + step):
+        same += step
+        step *= 2
+    while step := step // 2:
+        if same + step <= longest and is_same(same + step):
+            same += step
+    return same
 
 
 def _without_empty_thought(turn: _Turn, content: str) -> _Turn:

@@ -40,7 +40,8 @@ from training.data.tools import (
     Tool,
     check_json,
     has_input_schema,
-    parse_json,
+    parse_printed,
+    python_value,
     read_tools,
     without_foreign_nulls,
 )
@@ -300,7 +301,7 @@ def _variables_of(value: Any) -> dict[str, Any]:
     called = "`chat_template_kwargs`"
     is_text = isinstance(value, str)
     if is_text:
-        value = parse_json(value, called)
+        value = parse_printed(value, called)
     if not isinstance(value, dict):
         raise RowError("wrong type", f"{called} is {json_type(value)}, not an object")
     check_json(value, called)
@@ -675,13 +676,13 @@ def _two_turns(question: str, answer: str) -> list[Message]:
 
 
 def _written_messages(text: str) -> list[Any]:
-    """Return the messages that a text holds as JSON; empty if it is another text, such as an answer in JSON."""
+    """Return the messages that a text holds as JSON, or as Python prints them; empty if it is another text, such as an answer in JSON."""
     if not text.lstrip().startswith("["):
         return []
     try:
         messages = json.loads(text)
     except (ValueError, RecursionError):
-        return []
+        messages = python_value(text) if text.lstrip().startswith("[{") else None
     return messages if isinstance(messages, list) and all(map(is_message, messages)) else []
 
 

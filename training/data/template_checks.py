@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ OTHER_CONTEXT = "other context"
 TEMPLATE_KINDS = {"template", DROPPED_TEXT, OTHER_CONTEXT}
 """Faults of rows that another chat template would render."""
 _ARGUMENT = "an argument of a tool call"
+_TOOLS = "`tools`"
 _NUMBER = re.compile(r"message (\d+)")
 # Templates print the types of JSON schemas in their own spelling.
 _TYPES = {"function", "object", "string", "number", "integer", "boolean", "array", "null"}
@@ -70,7 +72,7 @@ def check_parts(text: str, messages: Sequence[Message]) -> None:
     """Check that a template reads lists of parts and does not print them."""
     for index, message in enumerate(messages):
         content = message["content"]
-        if content and any(
+        if isinstance(content, list) and any(
             str(part) in text or json.dumps(part, ensure_ascii=False) in text for part in content
         ):
             raise RowError(
@@ -87,7 +89,7 @@ def check_tools(text: str, messages: Sequence[Message], tools: list[dict[str, An
     functions = [tool.get("function", tool) for tool in tools]
     names = [function.get("name") for function in functions if isinstance(function, dict)]
     _strike(
-        text, [("`tools`: the chat template drops a tool", name) for name in names if isinstance(name, str)]
+        text, [(f"{_TOOLS}: the chat template drops a tool", name) for name in names if isinstance(name, str)]
     )
 
 
@@ -132,6 +134,8 @@ def clearest(errors: list[RowError]) -> RowError:
 
 
 def _message_of(error: RowError) -> int:
+    if str(error).startswith(_TOOLS):
+        return sys.maxsize  # checked once all messages are rendered
     found = _NUMBER.match(str(error))
     return int(found[1]) if found else 0
 
@@ -161,7 +165,7 @@ def _strike(text: str, parts: Sequence[tuple[str, str]]) -> str:
         spelling = next((spelling for spelling in _spellings(part, reason) if spelling in text), None)
         if spelling is None:
             # Reasoning may stand in a column, too; the content of a message does not.
-            is_column = reason.startswith(("`tools`", "the system column")) or reason.endswith("reasoning")
+            is_column = reason.startswith((_TOOLS, "the system column")) or reason.endswith("reasoning")
             how = " (ignore_columns excludes a column)" if is_column else ""
             raise RowError(
                 DROPPED_TEXT,

@@ -15,6 +15,13 @@ EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>")
 _TOOLS_OF_A_MESSAGE = re.compile(r"message(\[['\"]tools['\"]\]|\.tools\b)")  # Phi 4 mini
 _INSTRUCTIONS = {"system", "developer"}
 _ID_CHARACTERS = 9  # Mistral's templates reject other ids
+THINKING_PART = "thinking part"
+"""Form of reasoning: a part of the content with the type `thinking` (Mistral)."""
+_RARE_FORMS = (
+    (THINKING_PART, re.compile(r"==\s*['\"]thinking['\"]")),
+    ("tool_plan", re.compile(r"\btool_plan\b")),
+)
+"""Form of reasoning -> pattern of templates that may read it. Cohere's have `tool_plan` beside calls."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +29,7 @@ class Form:
     """The form in which messages are passed to a template: templates read different keys."""
 
     reasoning: str | None = None
-    """Key of a turn's reasoning; None: inside the content, as written."""
+    """Key of a turn's reasoning; THINKING_PART: a part of its content; None: inside the content, as written."""
     arguments_as_text: bool = False
     """True to pass the arguments of calls as JSON text."""
     short_ids: bool = False
@@ -33,6 +40,11 @@ class Form:
     """True to pass content as a list of text parts."""
     tools_in_system: bool = False
     """True to pass the tools in the system message, as the JSON text of their functions."""
+
+    @property
+    def has_parts(self) -> bool:
+        """Return whether contents are passed as lists of parts."""
+        return self.parts or self.reasoning == THINKING_PART
 
 
 def answers_of(messages: Sequence[Message]) -> list[int]:
@@ -204,50 +216,6 @@ def split_thought(content: str) -> tuple[str, str]:
     return (thought.strip(), f"\n{rest}") if found and "<think>" not in content else ("", content)
 
 
-@dataclass(frozen=True)
-class Channels:
-    """How the models of a family write their reasoning before their answer, other than in <think> tags."""
-
-    marks: tuple[str, ...]
-    """Special tokens around both; templates of other families lack the first one."""
-    thought: str
-    """Pattern of what begins their reasoning."""
-    answer: str
-    """Pattern of what begins their answer."""
-
-
-CHANNELS = (
-    Channels(
-        ("<|channel|>", "<|message|>", "<|constrain|>", "<|start|>", "<|end|>"),
-        thought=r"<\|channel\|>(?!final)[^<]*(?:<\|constrain\|>[^<]*)?(?:<\|message\|>)?",
-        answer=r"<\|channel\|>final[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>",
-    ),  # gpt-oss
-    Channels(("<|channel>", "<channel|>"), thought=r"<\|channel>thought\b", answer=r"<channel\|>"),  # Gemma 4
-    Channels(
-        ("<|eom|>", "<|message|>", "<|start|>"),
-        thought=r"to=self<\|message\|>",
-        answer=r"to=user<\|message\|>",
-    ),  # Muse Glimmer
-)
-_END_OF_CHANNEL = re.compile(r"<\|(?:end|eom|start)\|>")
-
-
-def answer_after_channels(text: str, prompt: str = "") -> str:
-    """Return a model's answer without the reasoning in channels before it; empty if the reasoning is unfinished.
-
-    Args:
-        text: What the model wrote; without channels, all of it is the answer.
-        prompt: Its prompt, whose end may begin the reasoning.
-    """
-    for channels in CHANNELS:
-        opened = re.search(rf"(?:{channels.thought})\s*$", prompt)
-        written = f"{opened[0]}{text}" if opened else text
-        if re.match(rf"\s*(?:{channels.thought}|{channels.answer})", written):
-            answer = re.search(channels.answer, written)
-            return _END_OF_CHANNEL.split(written[answer.end() :])[0] if answer else ""
-    return text
-
-
 def adapted(messages: Sequence[Message], form: Form, tools: Sequence[Tool] | None) -> list[Message]:
     """Return messages in the form that a template reads."""
     if form.short_ids:
@@ -295,16 +263,23 @@ def _adapted(message: Message, form: Form) -> Message:
     reasoning, content = thought_of(message) if message["role"] == "assistant" else ("", message["content"])
     if reasoning and form.reasoning:
         content = content if "reasoning_content" in message else content.lstrip()
-        changed |= {form.reasoning: reasoning, "content": content}
+        if form.reasoning == THINKING_PART:
+            changed["content"] = [{"type": "thinking", "thinking": reasoning}, *_text_parts(content)]
+        else:
+            changed |= {form.reasoning: reasoning, "content": content}
     elif "reasoning_content" in message:
         changed["content"] = f"<think>\n{reasoning.strip()}\n</think>\n\n{content}"
-    if form.parts:
-        changed["content"] = [{"type": "text", "text": changed["content"]}]
+    if form.parts and isinstance(changed["content"], str):
+        changed["content"] = _text_parts(changed["content"])
     if "tool_calls" in message:
         changed["tool_calls"] = [_adapted_call(call, form) for call in message["tool_calls"]]
         if form.null_content and not message["content"].strip():
             changed["content"] = None
     return changed
+
+
+def _text_parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
 
 
 def _adapted_call(call: dict[str, Any], form: Form) -> dict[str, Any]:
@@ -325,10 +300,9 @@ def possible_forms(chat: Chat, template: str) -> Iterator[Form]:
     """Yield the forms of a chat, the usual one first."""
     calls, reasons = _has_calls(chat.messages), _has_reasoning(chat.messages)
     reasoning: tuple[str | None, ...] = (None,)
-    if reasons:
-        reasoning = (*REASONING_KEYS, None) if "</think>" in template else REASONING_KEYS
-    elif any(_is_thought(message) for message in chat.messages):
-        reasoning = (*REASONING_KEYS, None)
+    if reasons or any(map(_is_thought, chat.messages)):
+        keys = (*REASONING_KEYS, *(form for form, reads in _RARE_FORMS if reads.search(template)))
+        reasoning = keys if reasons and "</think>" not in template else (*keys, None)
     either = (False, True)
     in_system = either if chat.tools and _TOOLS_OF_A_MESSAGE.search(template) else (False,)
     for system, parts, null, ids, text, key in product(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from training.data.chat_template import QUESTION, ChatTemplate
 from training.data.errors import RowError
-from training.data.records import REASONING_KEYS, Chat, Message
+from training.data.records import Chat, Message
 from training.data.template_forms import Form, adapted, possible_forms, thought_of
 from training.data.template_headers import Headers
 from training.data.tools import Tool, as_function
@@ -15,7 +15,7 @@ from training.data.written_calls import is_plain_json, notation_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-ANSWER, THOUGHT, _PROBED_TOOL = "That is it.", "Let me think.", "probed_tool"
+ANSWER, THOUGHT, PROBED_TOOL = "That is it.", "Let me think.", "probed_tool"
 _DIRECTIVES = (
     "/no_think",
     "/think",
@@ -100,33 +100,36 @@ class TemplateTraits:
         said = (("user", QUESTION), ("assistant", "<tool_call>"), ("tool", ANSWER), ("assistant", THOUGHT))
         return ANSWER not in self._probe(*said)
 
-    @cached_property
+    @property
     def has_own_thoughts(self) -> bool:
-        """Return whether the template renders reasoning, but not in <think> tags (gpt-oss, Gemma 4)."""
-        if "</think>" in self._template.source:
-            return False
-        question: Message = {"role": "user", "content": QUESTION}
-        for key in REASONING_KEYS:
-            answer: Message = {"role": "assistant", "content": ANSWER, key: THOUGHT}
+        """Return whether the template renders reasoning, but not in <think> tags (gpt-oss, Gemma 4, Mistral)."""
+        return "</think>" not in self._template.source and self.reasoning_form is not None
+
+    @cached_property
+    def reasoning_form(self) -> str | None:
+        """Return the form in which the template renders the reasoning of an answer (`Form.reasoning`); None if it renders none."""
+        answer: Message = {"role": "assistant", "content": ANSWER, "reasoning_content": THOUGHT}
+        chat = Chat([{"role": "user", "content": QUESTION}, answer])
+        for form in possible_forms(chat, self._template.source):
             try:
-                text = self._template.render([question, answer], Chat([]))
+                text = self._template.render(adapted(chat.messages, form, None), chat)
             except RowError:
                 continue
-            if THOUGHT in text:
-                return True
-        return False
+            if form.reasoning and THOUGHT in text:
+                return form.reasoning
+        return None
 
     @cached_property
     def wraps_tools(self) -> bool:
         """Return whether the template reads functions in OpenAI's form only."""
-        tool = {"name": _PROBED_TOOL, "description": "", "parameters": {"type": "object", "properties": {}}}
+        tool = {"name": PROBED_TOOL, "description": "", "parameters": {"type": "object", "properties": {}}}
         return not self._prints_tool(tool) and self._prints_tool(as_function(tool))
 
     @cached_property
     def needed_of_functions(self) -> dict[str, Any]:
         """Return the keys without which the template rejects a function, with the value that it gets in their place."""
         usual = {"description": "", "parameters": {"type": "object", "properties": {}}}
-        function = {"name": _PROBED_TOOL, **usual}
+        function = {"name": PROBED_TOOL, **usual}
         if not self._prints_tool(as_function(function)):
             return {}
         return {
@@ -159,12 +162,12 @@ class TemplateTraits:
             )
         except RowError:
             return False
-        return _PROBED_TOOL in text
+        return PROBED_TOOL in text
 
     def _probe_call(self, words: str) -> str:
         """Render a call with words, or reasoning in tags, beside it, in the first form that renders all; empty if none does."""
         argument, said = "Tromsø", thought_of({"content": words, "tool_calls": []})
-        function = {"name": _PROBED_TOOL, "arguments": {"name": argument}}
+        function = {"name": PROBED_TOOL, "arguments": {"name": argument}}
         call: Message = {
             "role": "assistant",
             "content": words,
@@ -176,7 +179,7 @@ class TemplateTraits:
                 text = self._template.render(adapted(chat.messages, form, None), chat)
             except RowError:
                 continue
-            if all(part in text for part in (_PROBED_TOOL, argument, *said)):
+            if all(part in text for part in (PROBED_TOOL, argument, *said)):
                 return text
         return ""
 
@@ -219,7 +222,7 @@ class TemplateTraits:
         call: Message = {
             "role": "assistant",
             "content": "",
-            "tool_calls": [{"type": "function", "function": {"name": _PROBED_TOOL, "arguments": arguments}}],
+            "tool_calls": [{"type": "function", "function": {"name": PROBED_TOOL, "arguments": arguments}}],
         }
         found: dict[str, str] = {}
         for role, answer in (("user", {"role": "assistant", "content": ANSWER}), ("tool", call)):

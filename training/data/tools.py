@@ -28,7 +28,7 @@ def read_tools(value: Any, what: str, *, wrap: bool) -> list[Tool] | None:
     """
     is_text = isinstance(value, str)
     if is_text:
-        value = parse_json(value, what) if value.strip() else None
+        value = parse_printed(value, what) if value.strip() else None
     if not value:
         return None
     if isinstance(value, dict) and ("function" in value or isinstance(value.get("name"), str)):
@@ -39,7 +39,7 @@ def read_tools(value: Any, what: str, *, wrap: bool) -> list[Tool] | None:
     for number, tool in enumerate(value, start=1):
         is_written = is_text or isinstance(tool, str)
         if isinstance(tool, str) and tool.lstrip().startswith("{"):
-            tool = parse_json(tool, f"tool {number} of {what}")
+            tool = parse_printed(tool, f"tool {number} of {what}")
         if not isinstance(tool, dict):
             raise RowError("wrong type", f"tool {number} of {what} is {json_type(tool)}, not a JSON schema")
         clean = tool if is_written else _without_filler(tool, what)  # Arrow fills in no nulls inside a text
@@ -282,6 +282,17 @@ def parse_json(value: str, what: str) -> Any:
         raise RowError("not JSON", f"{what} is a string that is not valid JSON ({error})") from None
     except RecursionError:
         raise RowError("nested too deeply", f"{what} is nested too deeply") from None
+
+
+def parse_printed(value: str, what: str) -> Any:
+    """Parse JSON text inside a row, or a list or dictionary as Python prints it (pandas in CSV files); raise RowError if it is neither."""
+    try:
+        return parse_json(value, what)
+    except RowError as error:
+        found = python_value(value) if error.kind == "not JSON" else None
+        if not isinstance(found, dict | list):
+            raise
+        return found
 
 
 def check_json(value: Any, what: str) -> None:

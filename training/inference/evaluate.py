@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 from decimal import Decimal
@@ -20,17 +20,17 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from configs.schema import FinetuneConfig
 from runs.layout import evaluation_key, run_of
 from training.checkpoints.store import CheckpointError, read_manifest
+from training.data.answer_marks import AnswerMarks, find_marks
 from training.data.chunks import ChunkResult
 from training.data.errors import DataError, RowError
 from training.data.flags import flag_of
 from training.data.prepared import find_prepared, rows_of_run
-from training.data.prompting import encode_prompt, stop_tokens
+from training.data.prompting import encode_prompt, stop_tokens, tokens_left_out
 from training.data.records import Chat, Example, Filled, Pair, Task, Text, Tokens
 from training.data.renderer import Renderer
 from training.data.row_pass import Tally
 from training.data.rows import RowSchema, rating_of, read_row, recognise
 from training.data.sources import find_files, open_file
-from training.data.template_forms import CHANNELS, answer_after_channels, split_thought
 from training.data.token_files import digest_of
 from training.events import WorkersFailedError
 from training.inference.checkpoint_model import TrainedModel
@@ -142,6 +142,7 @@ def evaluate(
     tokenizer = trained.tokenizer()
     progress("reading the rows", 0)
     questions = read_questions(data, trained, tokenizer, settings)
+    marks = _marks_of(trained.config, tokenizer)
     digests = _trained_digests(trained)
     texts = _answer(questions, trained, settings, progress)
     answers = [
@@ -149,6 +150,7 @@ def evaluate(
             question,
             text,
             settings.match,
+            marks,
             None if digests is None else not question.digests.isdisjoint(digests),
         )
         for question, text in zip(questions, texts, strict=True)
@@ -189,6 +191,7 @@ def read_questions(
         variables=trained.config.chat_template_kwargs,
         today=date.fromisoformat(dated.day) if dated else date.today(),
     )
+    marks = find_marks(renderer)
     limit = _max_tokens(trained)
     questions: list[Question] = []
     files, tally = find_files(data, 0), Tally()
@@ -199,7 +202,9 @@ def read_questions(
             try:
                 if isinstance(row, RowError):
                     raise row
-                question = _question(f"{file.uri}:{number}", row, trained, tokenizer, renderer, settings)
+                question = _question(
+                    f"{file.uri}:{number}", row, trained, tokenizer, renderer, marks, settings
+                )
                 if limit and len(question.tokens) + settings.max_new_tokens > limit:
                     raise RowError(
                         "too long",
@@ -226,6 +231,7 @@ def _question(
     trained: TrainedModel,
     tokenizer: "PreTrainedTokenizerFast",
     renderer: Renderer,
+    marks: AnswerMarks,
     settings: EvaluationSettings,
 ) -> Question:
     row = {name: value for name, value in row.items() if name not in trained.config.ignore_columns}
@@ -238,7 +244,7 @@ def _question(
             "has `input_ids`, but an answer is compared as text. Use rows with a question and an answer",
         )
     expected = _expected(example)
-    if _comparable(_without_reasoning(expected), settings.match) is None:
+    if _comparable(marks.answer_in(expected), settings.match) is None:
         raise RowError(
             "no number",
             f"the answer contains no number ({expected[:40]!r}); compare complete texts with --match text",
@@ -359,7 +365,9 @@ class _Worker:
         self._tokenizer = trained.tokenizer()
         self._model: Any = trained.load(settings.device)
         stops = stop_tokens(self._model.generation_config, self._tokenizer)
-        self._left_out = tokens_left_out(self._tokenizer, stops, trained.config.new_special_tokens)
+        marks = _marks_of(trained.config, self._tokenizer)
+        shown = marks.tokens.union(trained.config.new_special_tokens)
+        self._left_out = tokens_left_out(self._tokenizer, stops, shown)
         limit = rope_limit(self._model.config)
         self._longest_in_batch = None if limit is None else limit - settings.max_new_tokens
         # Greedy decoding, independent of the model's own settings for sampling and repetition.
@@ -401,26 +409,8 @@ class _Worker:
         return self._tokenizer.batch_decode(answers)
 
 
-def tokens_left_out(
-    tokenizer: "PreTrainedTokenizerFast", stops: Iterable[int], trained: Iterable[str]
-) -> frozenset[int]:
-    """Return the special tokens that are no part of an answer: all but those that a run has added and those around channels, if they do
-    not end answers.
-
-    Args:
-        tokenizer: The tokenizer.
-        stops: The tokens that end an answer.
-        trained: The run's `new_special_tokens`, which its answers contain.
-    """
-    template = str(tokenizer.chat_template)
-    marks = (channels.marks for channels in CHANNELS if channels.marks[0] in template)
-    own = set(trained).union(*marks)
-    others = {
-        token
-        for token, added in tokenizer.added_tokens_decoder.items()
-        if added.special and added.content not in own
-    }
-    return frozenset(others | set(stops))
+def _marks_of(config: FinetuneConfig, tokenizer: "PreTrainedTokenizerFast") -> AnswerMarks:
+    return find_marks(Renderer(tokenizer, whole_text=False, variables=config.chat_template_kwargs))
 
 
 def _answer(
@@ -507,19 +497,12 @@ def _comparable(text: str, match: Match) -> str | None:
     return final_number(text) if match == "number" else text.strip()
 
 
-def _without_reasoning(text: str, prompt: str = "") -> str:
-    """Return an answer without its reasoning, which the end of the prompt may open; empty if the reasoning is unfinished."""
-    if prompt.rstrip().endswith("<think>"):
-        text = f"<think>{text}"
-    if text.lstrip().startswith("<think>") and "</think>" not in text:
-        return ""
-    return answer_after_channels(split_thought(text)[1], prompt)
-
-
-def score(question: Question, text: str, match: Match, was_trained: bool | None) -> Answer:
+def score(
+    question: Question, text: str, match: Match, marks: AnswerMarks, was_trained: bool | None
+) -> Answer:
     """Compare a generated answer with the expected one, both without their reasoning."""
-    expected = _comparable(_without_reasoning(question.expected), match)
-    found = _comparable(_without_reasoning(text, question.prompt), match)
+    expected = _comparable(marks.answer_in(question.expected), match)
+    found = _comparable(marks.answer_in(text, question.prompt), match)
     assert expected is not None
     return Answer(
         row=question.location,

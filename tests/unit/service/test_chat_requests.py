@@ -1,11 +1,14 @@
 """Requests that the chat route rejects: each names the parameter."""
 
 import json
+from collections.abc import AsyncGenerator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
+from service.engine import ChatRequest, Event, Failed
 from tests.support.engines import BASE, chat_app, serving
 
 
@@ -53,7 +56,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
         ({"stream_options": {"include_all": True}}, "stream_options", "Remove"),
         ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs", "tools"),
         ({"chat_template_kwargs": {"add_generation_prompt": False}}, "chat_template_kwargs", "Remove"),
-        ({"chat_template_kwargs": {"bos_token": "x"}}, "chat_template_kwargs", "bos_token"),
+        ({"chat_template_kwargs": {"strftime_now": "x"}}, "chat_template_kwargs", "strftime_now"),
         ({"messages": []}, "messages", "empty"),
         ({"messages": "hi"}, "messages", "list"),
         ({"messages": [{"role": "wizard", "content": "hi"}]}, "messages", "wizard"),
@@ -68,6 +71,39 @@ def test_rejected_parameter_is_named(client: httpx.Client, parameters: dict[str,
     error = response.json()["error"]
     assert (response.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param)
     assert word in error["message"]
+
+
+class Busy:
+    """The handle of an engine that accepts no request, and its response."""
+
+    def __init__(self):
+        self.asked: list[ChatRequest] = []
+
+    def options(self, **_: Any) -> Any:
+        return SimpleNamespace(chat=SimpleNamespace(remote=self._ask))
+
+    def _ask(self, request: ChatRequest) -> "Busy":
+        self.asked.append(request)
+        return self
+
+    async def __aiter__(self) -> AsyncGenerator[Event]:
+        yield Failed(503, "The engine is busy.", "server_error")
+
+    def cancel(self) -> None:
+        """Do nothing: no request runs."""
+
+
+@pytest.mark.parametrize("name", ["documents", "bos_token", "tokenize"])
+def test_variables_that_rows_may_set_reach_the_engine(name: str):
+    """The renderings of rows and of requests set the same variables themselves, and no others."""
+    engine = Busy()
+    with serving(chat_app(engine)) as client:
+        response = client.post(
+            "/v1/chat/completions",
+            json={"model": BASE, "messages": [USER], "chat_template_kwargs": {name: []}},
+        )
+    assert response.status_code == 503
+    assert [request.variables for request in engine.asked] == [{name: []}]
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"[" * 100_000, b'{"model": NaN}', b"\xff"])

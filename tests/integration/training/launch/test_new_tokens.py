@@ -11,7 +11,7 @@ from tests.support.front_door import run_command_quickly
 from tests.support.grids import only_in_test_kernels
 from tests.support.jobs import PROJECT, run_main, tiny_settings, write_yaml
 from tests.support.tiny_model import make_model, make_tokenizer, write_data, write_preference_pairs
-from training.inference.evaluate import tokens_left_out
+from training.data.prompting import tokens_left_out
 
 pytestmark = pytest.mark.slow
 

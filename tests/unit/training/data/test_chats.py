@@ -590,6 +590,14 @@ def test_a_pair_whose_answers_continue_raises_an_error():
         )
 
 
+@pytest.mark.parametrize(
+    "name", ["image", "images", "img", "image_path", "image_paths", "audio_file", "video_url", "pixel_values"]
+)
+def test_columns_of_media_are_rejected(name: str):
+    with pytest.raises(RowError, match=rf"`{name}`.*Only text is supported"):
+        read({"messages": [USER, ANSWER], name: "a.png"})
+
+
 def test_classification_notes_and_rejects_alike():
     row = {"text": "I like it", "label": "good", "images": ["a.png"]}
     with pytest.raises(RowError, match="`images`"):
@@ -1147,6 +1155,25 @@ def test_every_loss_key_of_a_message_is_obeyed(key: str):
     assert (chat.untrained, chat.notes) == ((1,), ())
     with pytest.raises(RowError, match=key):
         read({"messages": [USER, {**ANSWER, key: [0, 1]}]})
+
+
+@pytest.mark.parametrize(
+    ("keys", "is_untrained"),
+    [
+        ({"weight": "0"}, True),
+        ({"train": "false"}, True),
+        ({"mask": "True"}, True),
+        ({"weight": "1"}, False),
+        ({"weight": ""}, False),
+    ],
+    ids=str,
+)
+def test_loss_keys_may_be_texts(keys: dict[str, str], is_untrained: bool):
+    """Tables and maps have only texts."""
+    chat = read({"messages": [USER, {**ANSWER, **keys}, USER, ANSWER]})
+    assert (chat.messages, chat.untrained) == ([USER, ANSWER] * 2, (1,) * is_untrained)
+    with pytest.raises(RowError, match=r"message 2.*weight 'half'"):
+        read({"messages": [USER, {**ANSWER, "weight": "half"}, USER, ANSWER]})
 
 
 def test_a_plain_chat_whose_system_message_lists_the_tools_has_them_once():

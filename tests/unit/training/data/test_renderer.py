@@ -1,6 +1,7 @@
 """Loss tokens decode to the assistant turns and end markers that each chat template renders."""
 
 import copy
+import time
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from configs.prompt_format import to_chat_template
 from tests.support.prepared import encode, encode_all
+from training.data import renderer as rendering
 from training.data.errors import DataError, RowError
 from training.data.records import Chat, Filled, Message, Pair, Task, Text
 from training.data.renderer import Renderer
@@ -463,3 +465,22 @@ def test_classification_trains_only_its_label(chatml: PreTrainedTokenizerFast):
     ids, labels = encode(chatml, chat([("I like it", "good")], label=1), "classification")
     assert chatml.decode([label for label in labels if label != IGNORED]) == "good"
     assert labels[-1] == ids[-1] != IGNORED
+
+
+def test_the_place_of_a_turn_is_found_in_little_time():
+    """Comparing what precedes each header character by character would take a minute."""
+    turn = "x" * 1000 + "<bot>"
+    text = turn * 400
+    begin = time.process_time()
+    place = rendering._place_after(text[: len(turn) * 200 - len("<bot>")], "<bot>", text)
+    assert time.process_time() - begin < 4
+    assert place == len(text) - len("<bot>")
+
+
+@given(before=st.text("ab"), text=st.text("ab"), place=st.integers(0, 20))
+def test_the_texts_before_two_places_are_compared_to_their_first_difference(
+    before: str, text: str, place: int
+):
+    ends = zip(reversed(before), reversed(text[:place]), strict=False)
+    same = [mine == theirs for mine, theirs in ends]
+    assert rendering._same_before(before, text, min(place, len(text))) == [*same, False].index(False)

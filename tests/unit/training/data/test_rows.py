@@ -273,6 +273,12 @@ def test_a_topic_or_a_class_is_no_quality_tag():
     [
         *({"mask": [0, 1]}, {"mask": 1}, {"masked": True}, {"loss_weight": 0}, {"weights": [0, 1]}),
         *({"assistant_mask": [0, 1]}, {"sample_weight": 0.5}, {"training": False}, {"ignore": True}),
+        *(
+            {"loss_masks": [0, 1]},
+            {"train_mask": [False, True]},
+            {"label_mask": [1, 0]},
+            {"turn_weights": [1, 0.5]},
+        ),
     ],
     ids=str,
 )
@@ -284,7 +290,17 @@ def test_a_column_that_excludes_something_is_rejected(column: dict[str, Any]):
         read({"input_ids": [5, 6], "labels": [5, 6], **column})
 
 
-@pytest.mark.parametrize("column", [{"weight": "1"}, {"weights": [1, 1.0]}, {"mask": False}], ids=str)
+@pytest.mark.parametrize(
+    "column",
+    [
+        {"weight": "1"},
+        {"weights": [1, 1.0]},
+        {"mask": False},
+        {"train_mask": [1, True]},
+        {"class_weights": [0.5, 1]},
+    ],
+    ids=str,
+)
 def test_a_column_that_excludes_nothing_is_noted(column: dict[str, Any]):
     assert read({"prompt": "2 + 2?", "completion": "4", **column}) == Chat([USER, ASSISTANT])
 
@@ -581,3 +597,24 @@ def test_repeated_messages_of_a_prompt_are_the_fewest_or_all(prompt: list[int], 
 
     counts = map(repeated_before, range(1, len(context) + 1))
     assert rows._count_repeated(prompt, context) == next(filter(None, counts), 0)
+
+
+def test_lists_as_python_prints_them_are_read():
+    """pandas writes them so into CSV files; a text of this form was trained as the answer."""
+    messages = [USER, {**ASSISTANT, "name": None}]
+    assert read({"messages": str(messages)}) == read({"messages": messages})
+    assert read({"messages": messages, "tools": str([]), "loss_mask": "[False, True]"}) == read(
+        {"messages": messages}
+    )
+    pair = {
+        "prompt": "2 + 2?",
+        "chosen": [USER, ASSISTANT],
+        "rejected": [USER, {**ASSISTANT, "content": "5"}],
+    }
+    printed = {name: value if name == "prompt" else str(value) for name, value in pair.items()}
+    assert read(printed, "preference_tuning") == read(pair, "preference_tuning")
+    assert read({name: printed[name] for name in ("chosen", "rejected")}, "preference_tuning") == read(
+        pair, "preference_tuning"
+    )
+    listed = "[{'a': 1}]"
+    assert read({"prompt": "2 + 2?", "completion": listed}) == Chat([USER, {**ASSISTANT, "content": listed}])

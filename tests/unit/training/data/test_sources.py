@@ -443,6 +443,22 @@ def test_json_columns_are_decoded_wherever_they_stand(tmp_path: Path):
     assert_names(reasons(tmp_path / "b.parquet")[1], "`whole`", "JSON")
 
 
+def test_maps_are_read_as_dictionaries(tmp_path: Path):
+    """Spark turns Python's dictionaries into maps."""
+    messages = pa.list_(pa.map_(pa.string(), pa.string()))
+    chats = [[{"role": "user", "content": "Q"}, {"role": "assistant", "content": None}], [{}], None]
+    maps = [chat and [list(message.items()) for message in chat] for chat in chats]
+    pq.write_table(pa.table({"messages": pa.array(maps, messages)}), tmp_path / "a.parquet")
+    assert [row["messages"] for _, row in read(tmp_path / "a.parquet")] == chats
+    twice = [[("role", "user"), ("role", "system")]]
+    pq.write_table(pa.table({"messages": pa.array([twice, maps[0]], messages)}), tmp_path / "b.parquet")
+    assert [number for number, row in read(tmp_path / "b.parquet") if not isinstance(row, RowError)] == [2]
+    assert_names(reasons(tmp_path / "b.parquet")[1], "`role` twice")
+    of_json = pa.MapArray.from_arrays([0, 1], ["a"], pa.array(["[3]"], pa.json_()))
+    pq.write_table(pa.table({"tools": of_json}), tmp_path / "c.parquet")
+    assert [row["tools"] for _, row in read(tmp_path / "c.parquet")] == [{"a": [3]}]
+
+
 @pytest.mark.parametrize(
     ("split", "parts"),
     [

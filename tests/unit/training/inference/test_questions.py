@@ -13,8 +13,12 @@ from transformers import AutoTokenizer
 from runs.layout import DATA_REPORT_FILE
 from tests.support.messages import assert_names
 from tests.support.prepared import prepare, request
+from tests.support.tiny_model import make_tokenizer
 from tests.support.trained_runs import store_full_run
+from training.data.answer_marks import AnswerMarks, find_marks
 from training.data.errors import DataError
+from training.data.prompting import tokens_left_out
+from training.data.renderer import Renderer
 from training.inference.checkpoint_model import trained_model
 from training.inference.evaluate import (
     EvaluationSettings,
@@ -22,7 +26,6 @@ from training.inference.evaluate import (
     Question,
     read_questions,
     score,
-    tokens_left_out,
 )
 from training.planning.endpoints import ClusterTarget
 from utils.storage.bucket import open_store
@@ -182,7 +185,7 @@ def test_reasoning_is_not_compared(
     prompt: str, answer: str, text: str | None, number: str | None, expected: str
 ):
     question = Question("rows.jsonl:1", f"2 + 2?{prompt}", [1], expected, frozenset())
-    by_text, by_number = (score(question, answer, match, None) for match in ("text", "number"))
+    by_text, by_number = (score(question, answer, match, AnswerMarks(), None) for match in ("text", "number"))
     assert (by_text.answer, by_text.expected) == (answer, expected)
     assert (by_text.answer_match, by_text.expected_match) == (text, "It is 4.")
     assert by_text.correct == (text == "It is 4.")
@@ -194,45 +197,71 @@ def test_a_number_is_expected_outside_the_reasoning(questions_of: Read):
         questions_of({**ROW, "completion": f"{THINKING}I do not know."})
 
 
+GPT_OSS = (
+    "gptoss",
+    ("<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|return|>", "<|call|>", "<|constrain|>"),
+)
+GEMMA = ("gemma4_v5", ("<|channel>", "<channel|>", "<|turn>", "<turn|>"))
+GLIMMER = ("muse_glimmer", ("<|start|>", "<|message|>", "<|eom|>", "<|eot|>"))
 ANALYSIS = "<|channel|>analysis<|message|>Is it #### 5 or 6?"
 FINAL = "<|end|><|start|>assistant<|channel|>final<|message|>"
 PREAMBLE = "<|end|><|start|>assistant<|channel|>commentary<|message|>Is it 5?"
 
 
+def tokenizer_of(template: tuple[str, tuple[str, ...]]) -> Any:
+    """Return a tokenizer with a template that TRL ships and its special tokens."""
+    name, special = template
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
+    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
+    return tokenizer
+
+
 @pytest.mark.parametrize(
-    ("prompt", "answer", "text"),
+    ("template", "prompt", "answer", "text"),
     [
-        ("", f"{ANALYSIS}{FINAL}It is 4.", "It is 4."),
-        ("", f"{ANALYSIS}{PREAMBLE}{FINAL}It is 4.", "It is 4."),
-        ("", "<|channel|>final<|message|>It is 4.", "It is 4."),
-        ("", "<|channel|>final <|constrain|>json<|message|>It is 4.", "It is 4."),
-        ("", f"{ANALYSIS}{FINAL}It is 4.<|end|><|start|>user<|message|>5 + 5?", "It is 4."),
-        ("<|channel|>analysis<|message|>", f"Is it 5?{FINAL}It is 4.", "It is 4."),
-        ("<|channel|>final<|message|>", "It is 4.", "It is 4."),
-        ("", ANALYSIS, None),
-        ("", "<|channel|>ana", None),
-        ("", f"{ANALYSIS}{PREAMBLE}", None),
-        ("<|channel|>analysis<|message|>", "Is it 5?", None),
-        ("", "<|channel>thought\nIs it 5?\n<channel|>It is 4.", "It is 4."),
-        ("<|channel>thought\n", "Is it 5?\n<channel|>It is 4.", "It is 4."),
-        ("", "<|channel>thought\nIs it 5?", None),
-        ("", " to=self<|message|>Is it 5?<|eom|><|start|>assistant to=user<|message|>It is 4.", "It is 4."),
-        ("", " to=self<|message|>Is it 5?", None),
+        (GPT_OSS, "", f"{ANALYSIS}{FINAL}It is 4.", "It is 4."),
+        (GPT_OSS, "", f"{ANALYSIS}{PREAMBLE}{FINAL}It is 4.", "It is 4."),
+        (GPT_OSS, "", "<|channel|>final<|message|>It is 4.", "It is 4."),
+        (GPT_OSS, "", "<|channel|>final <|constrain|>json<|message|>It is 4.", "It is 4."),
+        (GPT_OSS, "", "<|channel|>final json<|message|>It is 4.", "It is 4."),
+        (GPT_OSS, "", f"{ANALYSIS}{FINAL}It is 4.<|end|><|start|>user<|message|>5 + 5?", "It is 4."),
+        (GPT_OSS, "<|channel|>analysis<|message|>", f"Is it 5?{FINAL}It is 4.", "It is 4."),
+        (GPT_OSS, "<|channel|>final<|message|>", "It is 4.", "It is 4."),
+        (GPT_OSS, "", "It is 4.", "It is 4."),
+        (GPT_OSS, "", ANALYSIS, None),
+        (GPT_OSS, "", "<|channel|>ana", None),
+        (GPT_OSS, "", f"{ANALYSIS}{PREAMBLE}", None),
+        (GPT_OSS, "<|channel|>analysis<|message|>", "Is it 5?", None),
+        (GEMMA, "", "<|channel>thought\nIs it 5?\n<channel|>It is 4.", "It is 4."),
+        (GEMMA, "<|channel>thought\n", "Is it 5?\n<channel|>It is 4.", "It is 4."),
+        (GEMMA, "", "<|channel>thought\nIs it 5?", None),
+        (
+            GLIMMER,
+            "",
+            " to=self<|message|>Is it 5?<|eom|><|start|>assistant to=user<|message|>It is 4.",
+            "It is 4.",
+        ),
+        (GLIMMER, "", " to=self<|message|>Is it 5?", None),
     ],
 )
-def test_only_the_channel_of_the_answer_is_compared(prompt: str, answer: str, text: str | None):
+def test_only_the_answer_after_the_reasoning_is_compared(
+    template: tuple[str, tuple[str, ...]], prompt: str, answer: str, text: str | None
+):
+    marks = find_marks(Renderer(tokenizer_of(template), whole_text=False))
     question = Question("rows.jsonl:1", f"2 + 2?{prompt}", [1], "It is 4.", frozenset())
-    by_text, by_number = (score(question, answer, match, None) for match in ("text", "number"))
+    by_text, by_number = (score(question, answer, match, marks, None) for match in ("text", "number"))
     assert (by_text.answer, by_text.answer_match, by_text.correct) == (answer, text, text is not None)
     assert by_number.answer_match == (None if text is None else "4")
 
 
-def test_marks_of_channels_are_part_of_an_answer_where_the_template_writes_them(tiny_model: Path):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    marks = ["<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|return|>", "<|call|>"]
-    tokenizer.add_special_tokens({"additional_special_tokens": marks})
-    ids = tokenizer.convert_tokens_to_ids(marks)
-    stops = ids[-2:]
-    assert set(ids) <= tokens_left_out(tokenizer, stops, [])
-    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / "gptoss.jinja").read_text()
-    assert set(ids) & tokens_left_out(tokenizer, stops, []) == set(stops)
+def test_marks_of_reasoning_are_part_of_an_answer():
+    tokenizer = tokenizer_of(GPT_OSS)
+    marks = find_marks(Renderer(tokenizer, whole_text=False))
+    stops = tokenizer.convert_tokens_to_ids(["<|return|>", "<|call|>"])
+    left_out = tokens_left_out(tokenizer, stops, marks.tokens)
+    assert set(stops) <= left_out
+    assert left_out.isdisjoint(
+        tokenizer.convert_tokens_to_ids(["<|channel|>", "<|message|>", "<|start|>", "<|end|>"])
+    )
+    assert tokenizer.convert_tokens_to_ids("<|constrain|>") in left_out
