@@ -1,7 +1,7 @@
 """Shards: parts of large sources that are prepared independently of each other, and then joined.
 
 A shard has the code path of a small data set: `RowPass` reads, checks, renders and tokenizes its rows. It cannot know how many rows
-and lines are before it, so the driver adds these numbers to its index and its faults.
+and lines are before it: `ShardWorker.join` adds these numbers to the indexes, and the driver to the faults.
 """
 
 import json
@@ -18,12 +18,15 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from training.data.chunks import ChunkTokenizer
+from training.data.epoch import TokenizedSources, finish_epoch
 from training.data.errors import DataError
+from training.data.prepared import SKIPPED_FILE
 from training.data.request import DataRequest
-from training.data.row_index import INDEX_SCHEMA
+from training.data.row_index import INDEX_FILE, INDEX_SCHEMA
 from training.data.row_pass import RowPass, Tally
 from training.data.rows import RowSchema
 from training.data.sources import Piece
+from training.data.summary import DataSummary
 from training.data.token_files import read_row
 from utils.files import checksum
 from utils.storage.bucket import open_store
@@ -150,9 +153,28 @@ class ShardWorker:
         chunks = RowPass(self.request, self._chunks).chunks(shard.pieces, self.cache)
         return next((chunk.schema for chunk in chunks if chunk.schema), None)
 
-    def read_row(self, place: tuple[Shard, int]) -> dict[str, Any]:
+    def join(self, prepared: "PreparedShards") -> DataSummary:
+        """Join the indexes and rejected rows of all shards, which are stored; store the index of an epoch and return the summary."""
+        with self._directory() as directory:
+            paths = {name: directory / name for name in (INDEX_FILE, SKIPPED_FILE)}
+            if self.cache is None:
+                store = open_store(self.output)
+                store.download_many({item: directory / item.key for item in store.list(f"{PARTS}/")})
+            prepared.join(directory, *paths.values())
+            sources = TokenizedSources(
+                prepared.tally,
+                prepared.rows_of_sources(),
+                [shards[-1].schema for shards in prepared.of_sources()],
+                [done.checksum for done in prepared.done],
+                lambda position: self._read_row(*prepared.place(position)),
+            )
+            summary = finish_epoch(self.request, self.tokenizer, sources, directory)
+            if self.cache is None:
+                open_store(self.output).upload_many(paths)
+            return summary
+
+    def _read_row(self, shard: Shard, position: int) -> dict[str, Any]:
         """Return a row's tokens by its shard and its position there."""
-        shard, position = place
         with self._directory() as directory:
             if self.cache is None:
                 open_store(self.output).download(shard.data, directory / shard.data)
@@ -206,9 +228,13 @@ class PreparedShards:
             _PreparedShard(shard, tally.rows, tally.read, lines_before, outcome.schema, outcome.checksum)
         )
 
-    def of_source(self, source: int) -> list[_PreparedShard]:
-        """Return the shards of a source."""
-        return [done for done in self.done if done.shard.source == source]
+    def of_sources(self) -> list[list[_PreparedShard]]:
+        """Return the shards of each source."""
+        return [list(shards) for _, shards in groupby(self.done, lambda done: done.shard.source)]
+
+    def rows_of_sources(self) -> list[int]:
+        """Return the rows of each source within the token limit."""
+        return [sum(done.rows for done in shards) for shards in self.of_sources()]
 
     def place(self, position: int) -> tuple[Shard, int]:
         """Return the shard of a row, and the row's position in it."""
