@@ -1,7 +1,7 @@
 """Shards: parts of large sources that are prepared independently of each other, and then joined.
 
 A shard has the code path of a small data set: `RowPass` reads, checks, renders and tokenizes its rows. It cannot know how many rows
-and lines are before it: `ShardWorker.join` adds these numbers to the indexes, and the driver to the faults.
+and lines are before it: `PreparedShards.join` adds these numbers to the indexes, and the driver to the faults.
 """
 
 import json
@@ -18,15 +18,12 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from training.data.chunks import ChunkTokenizer
-from training.data.epoch import TokenizedSources, finish_epoch
 from training.data.errors import DataError
-from training.data.prepared import SKIPPED_FILE
 from training.data.request import DataRequest
-from training.data.row_index import INDEX_FILE, INDEX_SCHEMA
+from training.data.row_index import INDEX_SCHEMA
 from training.data.row_pass import RowPass, Tally
 from training.data.rows import RowSchema
 from training.data.sources import Piece
-from training.data.summary import DataSummary
 from training.data.token_files import read_row
 from utils.files import checksum
 from utils.storage.bucket import open_store
@@ -153,27 +150,7 @@ class ShardWorker:
         chunks = RowPass(self.request, self._chunks).chunks(shard.pieces, self.cache)
         return next((chunk.schema for chunk in chunks if chunk.schema), None)
 
-    def join(self, prepared: "PreparedShards") -> DataSummary:
-        """Join the indexes and rejected rows of all shards, which are stored; store the index of an epoch and return the summary."""
-        with self._directory() as directory:
-            paths = {name: directory / name for name in (INDEX_FILE, SKIPPED_FILE)}
-            if self.cache is None:
-                store = open_store(self.output)
-                store.download_many({item: directory / item.key for item in store.list(f"{PARTS}/")})
-            prepared.join(directory, *paths.values())
-            sources = TokenizedSources(
-                prepared.tally,
-                prepared.rows_of_sources(),
-                [shards[-1].schema for shards in prepared.of_sources()],
-                [done.checksum for done in prepared.done],
-                lambda position: self._read_row(*prepared.place(position)),
-            )
-            summary = finish_epoch(self.request, self.tokenizer, sources, directory)
-            if self.cache is None:
-                open_store(self.output).upload_many(paths)
-            return summary
-
-    def _read_row(self, shard: Shard, position: int) -> dict[str, Any]:
+    def read_row(self, shard: Shard, position: int) -> dict[str, Any]:
         """Return a row's tokens by its shard and its position there."""
         with self._directory() as directory:
             if self.cache is None:

@@ -45,7 +45,7 @@ from training.planning.devices import (
 )
 from training.planning.endpoints import ClusterTarget
 from training.planning.flops import RowFlops, row_flops
-from training.planning.index_figures import index_figures
+from training.planning.index_figures import IndexReader, index_figures
 from training.planning.memory import Job, MemoryReport, estimate_checkpoint, report_memory
 from training.planning.model import (
     Adapter,
@@ -556,7 +556,8 @@ def _plan_batches(
         job = job and replace(job, config=config)
     check_batch(config, train.rows)
     padded_to = _longest_sequence(config, train) if config.padding == "max_length" else None
-    figures = index_figures(config, storage, data.prepared, padded_to)
+    reader = IndexReader(config, padded_to, storage.prepared, storage.scratch)
+    figures = index_figures(reader, data.prepared, storage.on_cluster)
     return Batch(config, reason, job, figures, count_steps(config, figures.shape))
 
 

@@ -189,7 +189,7 @@ def test_driver_receives_no_more_for_more_rows(
     (calls, few), (calls_again, few_again) = received(200)
     (more_calls, many), (more_calls_again, many_again) = received(2000)
     assert calls == more_calls
-    assert calls[-3:] == calls_again == more_calls_again == ["connect", "measure", "disconnect"]
+    assert calls[-3:] == calls_again == more_calls_again == ["connect", "measure_stored", "disconnect"]
     assert 1000 < few_again < few < 30_000
     assert many < 1.1 * few
     assert many_again < 1.1 * few_again
@@ -228,7 +228,7 @@ def test_cluster_makes_the_plan_and_the_files_of_one_machine(
     elsewhere = {"storage_path": f"{uri}-here", "output_dir": str(tmp_path / "here")}
     here = plan(tmp_path / "here", settings | elsewhere, has_cluster=False)
     assert (on_cluster.error, here.error) == ("", "")
-    assert on_cluster.calls[-2:] == ["measure", "disconnect"]
+    assert on_cluster.calls[-2:] == ["measure_stored", "disconnect"]
     assert here.calls == []
 
     fields = set(DataReport.model_fields)

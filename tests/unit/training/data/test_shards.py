@@ -19,6 +19,7 @@ from tests.support.messages import assert_names
 from tests.support.prepared import prepare, request, rows_of
 from training.data import shards
 from training.data.errors import DataError
+from training.data.prepare import ShardJoiner
 from training.data.prepared import (
     SKIPPED_FILE,
     SUMMARY_FILE,
@@ -306,7 +307,7 @@ def test_messages_to_the_driver_do_not_grow_with_the_rows(
         output = tmp_path / f"output-{rows}"
         output.mkdir()
         data = request(path)
-        worker = shards.ShardWorker(data, chatml, str(output), tmp_path / "cache")
+        worker = ShardJoiner(data, chatml, str(output), tmp_path / "cache")
         sizes = []
 
         def run(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
