@@ -1,16 +1,15 @@
 """Data preparation: convert the sources into tokens and labels, once per data set.
 
 The driver reads chunks of rows and writes their tokens. Between the two, processes check, render and tokenize them. Large sources are
-prepared in shards (training.data.shards), each by one process of this machine or of a cluster.
+prepared in shards (training.data.shards), each by one process of this machine or of a cluster. One process joins their indexes.
 """
 
 import gc
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,7 @@ from training.data.prepared import (
     SKIPPED_FILE,
     SUMMARY_FILE,
     PreparedData,
+    encode_summary,
     find_prepared,
     fingerprint_of,
     open_prepared,
@@ -34,7 +34,16 @@ from training.data.request import DataRequest
 from training.data.row_index import DATA_FILE, INDEX_FILE, INDEX_SCHEMA, RowIndex
 from training.data.row_pass import RowPass, Tally, reject_empty_shares
 from training.data.rows import RowSchema
-from training.data.shards import PARTS, Shard, ShardMap, ShardRun, ShardWorker, cut, prepare_shards
+from training.data.shards import (
+    PARTS,
+    PreparedShards,
+    Shard,
+    ShardMap,
+    ShardRun,
+    ShardWorker,
+    cut,
+    prepare_shards,
+)
 from training.data.sources import Piece
 from training.data.summary import (
     DataSummary,
@@ -74,7 +83,7 @@ def prepare_data(
         cache: Node cache for downloads and prepared data.
         bucket: URI where prepared data is stored, or None.
         template: Where the chat template comes from, in errors.
-        on_cluster: Prepares shards of large sources on other nodes, which access only buckets; None: this machine prepares them.
+        on_cluster: Prepares large sources on other nodes, which access only buckets; None: this machine prepares them.
         progress: Called with the number of rows read and the fraction of all sources, 0 to 1.
     """
     key = request.key(tokenizer_dir)
@@ -83,7 +92,7 @@ def prepare_data(
     shards = cut(request)
     preparation = _Preparation(request, tokenizer, template, progress)
     if on_cluster and bucket and shards and all(is_remote(file.uri) for file in request.files):
-        preparation.run_on_cluster(shards, on_cluster, cache, join_uri(bucket, key))
+        preparation.run_on_cluster(shards, on_cluster, join_uri(bucket, key))
         found = find_prepared(key, cache, bucket)
         assert found is not None, "the summary was just written"
         return found
@@ -97,7 +106,7 @@ def prepare_data(
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows of all sources, whose index and rejected rows are in a directory of this machine."""
+    """The tokenized rows of all sources."""
 
     tally: Tally
     rows: list[int]
@@ -106,8 +115,33 @@ class _Rows:
     """Schema with which the rows of each source were read."""
     checksums: list[str]
     """Checksums of the files of tokens."""
-    read: Callable[[Sequence[int]], list[dict[str, Any]]]
-    """Returns the tokens of rows by their positions."""
+    read: Callable[[int], dict[str, Any]]
+    """Returns the tokens of a row by its position."""
+
+
+@dataclass(frozen=True)
+class ShardJoiner(ShardWorker):
+    """The work on shards, and on the indexes of all shards."""
+
+    def join(self, prepared: PreparedShards) -> DataSummary:
+        """Join the indexes and rejected rows of all shards, which are stored; store the index of an epoch and return the summary."""
+        with self._directory() as directory:
+            paths = {name: directory / name for name in (INDEX_FILE, SKIPPED_FILE)}
+            if self.cache is None:
+                store = open_store(self.output)
+                store.download_many({item: directory / item.key for item in store.list(f"{PARTS}/")})
+            prepared.join(directory, *paths.values())
+            rows = _Rows(
+                prepared.tally,
+                prepared.rows_of_sources(),
+                [shards[-1].schema for shards in prepared.of_sources()],
+                [done.checksum for done in prepared.done],
+                lambda position: self.read_row(*prepared.place(position)),
+            )
+            summary = _finish_epoch(self.request, self.tokenizer, rows, directory)
+            if self.cache is None:
+                open_store(self.output).upload_many(paths)
+            return summary
 
 
 class _Preparation:
@@ -116,49 +150,42 @@ class _Preparation:
     def __init__(
         self, request: DataRequest, tokenizer: "PreTrainedTokenizerFast", template: str, progress: Progress
     ):
-        self._request = request
         self._tokenizer = tokenizer
         self._template = template
         self._progress = progress
         self._chunks = ChunkTokenizer(request, tokenizer)
+        # All nodes and the summary have the date of this preparation.
+        self._request = replace(request, date=self._chunks.renderer.template.date)
 
     def run_here(self, shards: Sequence[Shard], cache: Path, directory: Path) -> None:
         """Prepare all rows on this machine; the directory exists only if it is complete."""
         paths = ", ".join(self._request.paths)
         with _staging(directory.parent, paths) as staging:
             if shards:
-                worker = ShardWorker(self._dated, self._tokenizer, str(staging), cache)
-                rows = self._in_shards(shards, worker, partial(_map_here, paths), staging)
+                worker = ShardJoiner(self._request, self._tokenizer, str(staging), cache)
+                summary = worker.join(self._in_shards(shards, worker, partial(_map_here, paths)))
+                shutil.rmtree(staging / PARTS)
             else:
-                rows = self._in_one_pass(staging, cache)
-            self._finish(rows, staging)
-            shutil.rmtree(staging / PARTS, ignore_errors=True)
+                summary = self._in_one_pass(staging, cache)
+            write_atomically(staging / SUMMARY_FILE, encode_summary(summary))
             staging.replace(directory)
 
-    def run_on_cluster(self, shards: Sequence[Shard], connect: ShardMap, cache: Path, output: str) -> None:
-        """Prepare all rows on other nodes, which write them to a URI; this machine reads their index, and writes the summary last."""
+    def run_on_cluster(self, shards: Sequence[Shard], connect: ShardMap, output: str) -> None:
+        """Prepare all rows on other nodes, which write them and their index to a URI; this machine writes the summary last."""
         store = open_store(output)
-        worker = ShardWorker(self._dated, self._tokenizer, output, cache=None)
-        (cache / PREPARED).mkdir(parents=True, exist_ok=True)
-        with connect() as run, _staging(cache / PREPARED, ", ".join(self._request.paths)) as staging:
+        worker = ShardJoiner(self._request, self._tokenizer, output, cache=None)
+        with connect() as run:
             try:
-                self._finish(self._in_shards(shards, worker, run, staging), staging)
+                (summary,) = run(worker.join, [self._in_shards(shards, worker, run)])
+                needed = {INDEX_FILE, SKIPPED_FILE, *(shard.data for shard in shards)}
+                store.delete([item.key for item in store.list() if item.key not in needed])
+                store.write(SUMMARY_FILE, encode_summary(summary))
             except BaseException:  # a signal and a lost cluster, too
                 with suppress(BucketError):  # no summary names these files, so they may stay
                     store.delete([item.key for item in store.list()])
                 raise
-            ours = (INDEX_FILE, SKIPPED_FILE)
-            store.upload_many({name: staging / name for name in ours})
-            needed = {*ours, *(shard.data for shard in shards)}
-            store.delete([item.key for item in store.list() if item.key not in needed])
-            store.upload(staging / SUMMARY_FILE, SUMMARY_FILE)
 
-    @property
-    def _dated(self) -> DataRequest:
-        """The request with the date that the chat template prints, which is the same on all nodes."""
-        return replace(self._request, date=self._chunks.renderer.template.date)
-
-    def _in_one_pass(self, staging: Path, cache: Path) -> _Rows:
+    def _in_one_pass(self, staging: Path, cache: Path) -> DataSummary:
         request = self._request
         files = [staging / name for name in (DATA_FILE, INDEX_FILE, SKIPPED_FILE)]
         rows = RowPass(request, self._chunks)
@@ -178,89 +205,89 @@ class _Preparation:
                 _reject_empty_source(path, rows.tally.read - read)
                 found.append(rows.tally.rows - before)
                 schemas.append(rows.schema)
-        return _Rows(
-            rows.tally,
-            found,
-            schemas,
-            [checksum(files[0])],
-            lambda positions: [read_row(files[0], position) for position in positions],
-        )
+        self._reject(rows.tally, found)
+        tokenized = _Rows(rows.tally, found, schemas, [checksum(files[0])], partial(read_row, files[0]))
+        return _finish_epoch(request, self._tokenizer, tokenized, staging)
 
-    def _in_shards(self, shards: Sequence[Shard], worker: ShardWorker, run: ShardRun, staging: Path) -> _Rows:
+    def _in_shards(self, shards: Sequence[Shard], worker: ShardWorker, run: ShardRun) -> PreparedShards:
         prepared = prepare_shards(worker, shards, run, self._progress)
-        sources = [prepared.of_source(number) for number in range(len(self._request.paths))]
-        for path, of_source in zip(self._request.paths, sources, strict=True):
+        for path, of_source in zip(self._request.paths, prepared.of_sources(), strict=True):
             _reject_empty_source(path, sum(done.read for done in of_source))
-        if worker.cache is None:
-            store = open_store(worker.output)
-            store.download_many({item: staging / item.key for item in store.list(f"{PARTS}/")})
-        prepared.join(staging, staging / INDEX_FILE, staging / SKIPPED_FILE)
-        return _Rows(
-            prepared.tally,
-            [sum(done.rows for done in of_source) for of_source in sources],
-            [of_source[-1].schema for of_source in sources],
-            [done.checksum for done in prepared.done],
-            lambda positions: list(
-                run(worker.read_row, [prepared.place(position) for position in positions])
-            ),
-        )
+        self._reject(prepared.tally, prepared.rows_of_sources())
+        return prepared
 
-    def _finish(self, rows: _Rows, staging: Path) -> None:
-        """Reject rows that stop the run; otherwise write the index of an epoch and the summary."""
-        request, tally = self._request, rows.tally
-        tally.reject_faults(request, self._template)
-        tally.reject_long_rows(request)
-        reject_empty_shares(request, rows.rows)
-        index_file = staging / INDEX_FILE
-        with pa.memory_map(str(index_file)) as source:
-            table = pa.ipc.open_stream(source).read_all()
-        duplicates, first_duplicates = find_duplicates(RowIndex(table), request.files)
-        taken = rows.rows
-        if request.weights:
-            taken = _shares(rows.rows, request.weights)
-            table = table.take(_mix(rows.rows, taken, request.seed))
-            mixed = staging / f"{INDEX_FILE}.mixed"
-            with pa.OSFile(str(mixed), "wb") as sink, pa.ipc.new_stream(sink, INDEX_SCHEMA) as writer:
-                writer.write_table(table)
-            mixed.replace(index_file)
-        index = RowIndex(table)
-        examples = rows.read([int(index.position[number]) for number in example_rows(len(index))])
-        summary = DataSummary(
-            rows=len(index),
-            tokens=int(index.tokens.sum()),
-            trained_tokens=int(index.trained_tokens.sum()),
-            longest=int(index.length.max()),
-            truncated_rows=tally.truncated,
-            lost_tokens=tally.lost,
-            dropped_rows=tally.dropped,
-            split_rows=tally.split_rows,
-            split_sequences=tally.split_sequences,
-            has_reasoning=tally.has_reasoning if tally.has_chats else None,
-            largest_id=tally.largest_id,
-            notes=dict(tally.notes.most_common()),
-            skipped_rows=dict(tally.kinds.most_common()),
-            first_skipped=tally.first_faults(request.files),
-            duplicates=duplicates,
-            first_duplicates=first_duplicates,
-            lengths=measure_lengths(tally.lengths),
-            sources=[
-                SourceSummary(
-                    path,
-                    schema.data_format if schema else "messages",
-                    sum(file.source == number for file in request.files),
-                    count,
-                    in_epoch,
-                )
-                for number, (path, schema, count, in_epoch) in enumerate(
-                    zip(request.paths, rows.schemas, rows.rows, taken, strict=True)
-                )
-            ],
-            files=[file.uri for file in request.files],
-            fingerprint=fingerprint_of(rows.checksums, index_file),
-            examples=[show_example(row, self._tokenizer) for row in examples],
-            date=self._chunks.renderer.template.date if tally.has_chats else None,
-        )
-        write_atomically(staging / SUMMARY_FILE, json.dumps(asdict(summary)).encode())
+    def _reject(self, tally: Tally, rows: Sequence[int]) -> None:
+        """Raise an error for rows that stop the run.
+
+        Args:
+            tally: The outcome of all rows.
+            rows: Rows of each source within the token limit.
+        """
+        tally.reject_faults(self._request, self._template)
+        tally.reject_long_rows(self._request)
+        reject_empty_shares(self._request, rows)
+
+
+def _finish_epoch(
+    request: DataRequest, tokenizer: "PreTrainedTokenizerFast", rows: _Rows, directory: Path
+) -> DataSummary:
+    """Replace the index of all rows by that of an epoch, and return the summary.
+
+    Args:
+        request: The request for the rows, with the date that the chat template prints.
+        tokenizer: The model's tokenizer.
+        rows: The tokenized rows.
+        directory: Directory of the index.
+    """
+    tally, index_file = rows.tally, directory / INDEX_FILE
+    with pa.memory_map(str(index_file)) as source:
+        table = pa.ipc.open_stream(source).read_all()
+    duplicates, first_duplicates = find_duplicates(RowIndex(table), request.files)
+    taken = rows.rows
+    if request.weights:
+        taken = _shares(rows.rows, request.weights)
+        table = table.take(_mix(rows.rows, taken, request.seed))
+        mixed = directory / f"{INDEX_FILE}.mixed"
+        with pa.OSFile(str(mixed), "wb") as sink, pa.ipc.new_stream(sink, INDEX_SCHEMA) as writer:
+            writer.write_table(table)
+        mixed.replace(index_file)
+    index = RowIndex(table)
+    examples = [rows.read(int(index.position[number])) for number in example_rows(len(index))]
+    return DataSummary(
+        rows=len(index),
+        tokens=int(index.tokens.sum()),
+        trained_tokens=int(index.trained_tokens.sum()),
+        longest=int(index.length.max()),
+        truncated_rows=tally.truncated,
+        lost_tokens=tally.lost,
+        dropped_rows=tally.dropped,
+        split_rows=tally.split_rows,
+        split_sequences=tally.split_sequences,
+        has_reasoning=tally.has_reasoning if tally.has_chats else None,
+        largest_id=tally.largest_id,
+        notes=dict(tally.notes.most_common()),
+        skipped_rows=dict(tally.kinds.most_common()),
+        first_skipped=tally.first_faults(request.files),
+        duplicates=duplicates,
+        first_duplicates=first_duplicates,
+        lengths=measure_lengths(tally.lengths),
+        sources=[
+            SourceSummary(
+                path,
+                schema.data_format if schema else "messages",
+                sum(file.source == number for file in request.files),
+                count,
+                in_epoch,
+            )
+            for number, (path, schema, count, in_epoch) in enumerate(
+                zip(request.paths, rows.schemas, rows.rows, taken, strict=True)
+            )
+        ],
+        files=[file.uri for file in request.files],
+        fingerprint=fingerprint_of(rows.checksums, index_file),
+        examples=[show_example(row, tokenizer) for row in examples],
+        date=request.date if tally.has_chats else None,
+    )
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """Prepared data: memory-mapped token files on a node's disk, and their copy in the bucket."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,11 +31,19 @@ class PreparedData:
     """Hash of everything that determines the tokens."""
     directory: Path
     summary: DataSummary
+    fetch_index: Callable[[], Path] | None = None
+    """Downloads the index and returns its directory; None: it is in `directory`."""
+
+    @property
+    def has_index(self) -> bool:
+        """Return whether the index is on this machine already."""
+        return self.fetch_index is None
 
     @cached_property
     def index(self) -> RowIndex:
-        """Return the index of an epoch's rows."""
-        with pa.memory_map(str(self.directory / INDEX_FILE)) as source:
+        """Return the index of an epoch's rows, whose size depends on the number of rows."""
+        directory = self.fetch_index() if self.fetch_index else self.directory
+        with pa.memory_map(str(directory / INDEX_FILE)) as source:
             return RowIndex(pa.ipc.open_stream(source).read_all())
 
     def dataset(self) -> "Dataset":
@@ -63,14 +71,20 @@ class PreparedData:
 
 
 def find_prepared(key: str, cache: Path, bucket: str | None) -> PreparedData | None:
-    """Return data prepared earlier on this node or in the bucket, or None. Data from the bucket comes without tokens."""
+    """Return data prepared earlier on this node or in the bucket, or None. Data from the bucket is opened as by `open_stored`."""
     directory = cache / PREPARED / key
     if (directory / SUMMARY_FILE).exists():
         return open_prepared(key, directory)
     if bucket is None or open_store(join_uri(bucket, key)).read_if_exists(SUMMARY_FILE) is None:
         return None
-    directory = sync_to_node(join_uri(bucket, key), cache / PREPARED, lambda name: not is_data_file(name))
-    return open_prepared(key, directory)
+    return open_stored(key, cache, bucket)
+
+
+def open_stored(key: str, cache: Path, bucket: str) -> PreparedData:
+    """Open prepared data in the bucket, without its tokens. Its index is downloaded at its first use."""
+    sync = partial(sync_to_node, join_uri(bucket, key), cache / PREPARED)
+    prepared = open_prepared(key, sync(lambda name: name in (SUMMARY_FILE, SKIPPED_FILE)))
+    return replace(prepared, fetch_index=lambda: sync(lambda name: name == INDEX_FILE))
 
 
 def rows_of_run(run_uri: str, fingerprint: str) -> tuple[str, str] | None:
@@ -111,6 +125,11 @@ def verify_prepared(prepared: PreparedData) -> None:
             f"{prepared.directory}: the prepared rows are corrupt. Delete {prepared.key} there and below {PREPARED}/ of storage_path, then "
             "rerun."
         )
+
+
+def encode_summary(summary: DataSummary) -> bytes:
+    """Return the content of a summary's file."""
+    return json.dumps(asdict(summary)).encode()
 
 
 def open_prepared(key: str, directory: Path) -> PreparedData:

@@ -1,6 +1,7 @@
 """The data report: figures about the rows of a run and about how they are batched."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from training.data.rows import FORMAT_NAMES
 from training.data.summary import DataSummary
 
 if TYPE_CHECKING:
-    from training.data.batches import BatchPlan  # imports torch
+    from training.data.batches import BatchPlan, BatchShape  # imports torch
 
 _MAX_SHOWN = 5
 _TOLERATED = 0.25
@@ -44,14 +45,46 @@ class DataReport(BaseModel):
     """Share of the rows that valid_split asks for; None without it, or if only one side of the split is limited."""
 
 
+@dataclass(frozen=True)
+class IndexFigures:
+    """The figures for which the indexes of a run's rows are read. Their size does not depend on the number of rows."""
+
+    shape: "BatchShape"
+    """Division of the training rows, or of their packs, into batches."""
+    padding_waste: float
+    """Share of padding in the tokens that the model processes in the first epoch."""
+    in_both: int
+    """Number of validation rows that are also training rows."""
+    first_in_both: list[str]
+
+
+def measure_indexes(
+    train: PreparedData, valid: Sequence[PreparedData], order: "BatchPlan", padded_to: int | None
+) -> IndexFigures:
+    """Compare the indexes of rows, and measure the padding of their batches.
+
+    Args:
+        train: Prepared training rows.
+        valid: Prepared validation rows of all sets.
+        order: The order in which the training rows are batched.
+        padded_to: Length in tokens that every sequence is padded to; None for the longest of its batch.
+    """
+    overlaps = [_in_both(train, each) for each in valid]
+    return IndexFigures(
+        shape=order.shape,
+        padding_waste=_padding_waste(train, order, padded_to),
+        in_both=sum(count for count, _ in overlaps),
+        first_in_both=[line for _, first in overlaps for line in first][:_MAX_SHOWN],
+    )
+
+
 def make_report(
     train: PreparedData,
     valid: PreparedData | None,
-    order: "BatchPlan",
+    figures: IndexFigures,
     *,
     more_valid: Mapping[str, PreparedData],
     limit: int | None,
-    padded_to: int | None,
     steps: int,
     valid_split: float | None = None,
 ) -> DataReport:
@@ -60,26 +93,23 @@ def make_report(
     Args:
         train: Prepared training rows.
         valid: Prepared validation rows, or None.
-        order: The order in which the training rows are batched.
+        figures: The figures of their indexes.
         more_valid: The validation sets after the first, by name.
         limit: Maximum tokens per row; None without a limit.
-        padded_to: Length in tokens that every sequence is padded to; None for the longest of its batch.
         steps: Optimizer steps of the run.
         valid_split: Share of the rows that should be validation rows; None if nothing asks for one.
     """
-    sets = [*([valid] if valid else []), *more_valid.values()]
-    overlaps = [_in_both(train, each) for each in sets]
     return DataReport(
         train=train.summary,
         valid=valid.summary if valid else None,
         limit=limit,
         more_valid={name: rows.summary for name, rows in more_valid.items()},
-        in_both=sum(count for count, _ in overlaps),
-        first_in_both=[line for _, first in overlaps for line in first][:_MAX_SHOWN],
-        padding_waste=_padding_waste(train, order, padded_to),
+        in_both=figures.in_both,
+        first_in_both=figures.first_in_both,
+        padding_waste=figures.padding_waste,
         steps=steps,
-        steps_per_epoch=order.shape.steps_per_epoch,
-        sequences_per_step=order.shape.sequences_per_step,
+        steps_per_epoch=figures.shape.steps_per_epoch,
+        sequences_per_step=figures.shape.sequences_per_step,
         valid_split=valid_split,
     )
 

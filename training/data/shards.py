@@ -1,7 +1,7 @@
 """Shards: parts of large sources that are prepared independently of each other, and then joined.
 
 A shard has the code path of a small data set: `RowPass` reads, checks, renders and tokenizes its rows. It cannot know how many rows
-and lines are before it, so the driver adds these numbers to its index and its faults.
+and lines are before it: `PreparedShards.join` adds these numbers to the indexes, and the driver to the faults.
 """
 
 import json
@@ -150,9 +150,8 @@ class ShardWorker:
         chunks = RowPass(self.request, self._chunks).chunks(shard.pieces, self.cache)
         return next((chunk.schema for chunk in chunks if chunk.schema), None)
 
-    def read_row(self, place: tuple[Shard, int]) -> dict[str, Any]:
+    def read_row(self, shard: Shard, position: int) -> dict[str, Any]:
         """Return a row's tokens by its shard and its position there."""
-        shard, position = place
         with self._directory() as directory:
             if self.cache is None:
                 open_store(self.output).download(shard.data, directory / shard.data)
@@ -206,9 +205,13 @@ class PreparedShards:
             _PreparedShard(shard, tally.rows, tally.read, lines_before, outcome.schema, outcome.checksum)
         )
 
-    def of_source(self, source: int) -> list[_PreparedShard]:
-        """Return the shards of a source."""
-        return [done for done in self.done if done.shard.source == source]
+    def of_sources(self) -> list[list[_PreparedShard]]:
+        """Return the shards of each source."""
+        return [list(shards) for _, shards in groupby(self.done, lambda done: done.shard.source)]
+
+    def rows_of_sources(self) -> list[int]:
+        """Return the rows of each source within the token limit."""
+        return [sum(done.rows for done in shards) for shards in self.of_sources()]
 
     def place(self, position: int) -> tuple[Shard, int]:
         """Return the shard of a row, and the row's position in it."""

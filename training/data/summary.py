@@ -111,7 +111,7 @@ def measure_lengths(rows_of_length: Mapping[int, int]) -> Lengths:
 
 def find_duplicates(index: RowIndex, files: Sequence[DataFile]) -> tuple[int, list[str]]:
     """Return the number of rows with the same text as an earlier row, and descriptions of the first ones."""
-    # The driver holds the digests of all rows. One sorted copy of them takes a sixth of the memory of np.unique with positions.
+    # One process holds the digests of all rows. One sorted copy of them takes a sixth of the memory of np.unique with positions.
     ordered = np.sort(index.digest)
     several = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
     del ordered

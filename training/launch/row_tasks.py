@@ -1,4 +1,4 @@
-"""Preparation of large sources on a cluster: one Ray task per shard, on the CPUs of all nodes."""
+"""Work on many rows on a cluster: one Ray task per shard, on the CPUs of all nodes, and one task for their indexes."""
 
 import functools
 import gc
@@ -13,7 +13,7 @@ import ray
 import ray.exceptions
 
 from configs.schema import FinetuneConfig
-from training.data.shards import ShardMap, ShardRun, ShardWorker
+from training.data.shards import ShardMap, ShardRun
 from training.launch.cluster import disconnect, disconnecting, join_cluster, vitals
 from training.planning.devices import choose_device
 from training.planning.endpoints import ClusterError, ClusterTarget
@@ -26,9 +26,9 @@ _COLLECTED = 50_000  # objects between garbage collections, as in training.data.
 
 @contextmanager
 def rows_on_cluster(config: FinetuneConfig, target: ClusterTarget) -> Iterator[ShardMap | None]:
-    """Yield a context that connects to a cluster, whose nodes then work on shards, or None if the run has only this machine.
+    """Yield a context that connects to a cluster, whose nodes then work on rows, or None if the run has only this machine.
 
-    The cluster is asked for nothing before. Each set of rows is one Ray job, whose processes load the code once.
+    The cluster is asked for nothing before. Each connection is one Ray job, whose processes load the code once.
 
     Args:
         config: The run.
@@ -53,7 +53,13 @@ def rows_on_cluster(config: FinetuneConfig, target: ClusterTarget) -> Iterator[S
 
 
 def _run(config: FinetuneConfig, work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-    """Yield the results of tasks in their order. Ray runs a task up to three times again whose node or process was lost."""
+    """Yield the results of tasks in their order. Ray runs a task up to three times again whose node or process was lost.
+
+    Args:
+        config: The run.
+        work: Method of a dataclass whose field `scratch` becomes the scratch directory of the node.
+        items: The argument of each task.
+    """
     shared = ray.put((work, config))
     task: Any = ray.remote(_call)
     # Ray would otherwise fill one node first, and each node has its own network and disk.
@@ -87,5 +93,5 @@ def _work(shared: "ray.ObjectRef[Any]") -> Callable[[Any], Any]:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have their own tasks
     gc.set_threshold(_COLLECTED)
     work, config = ray.get(shared)
-    worker: ShardWorker = replace(work.__self__, scratch=make_scratch_directory(config))
+    worker = replace(work.__self__, scratch=make_scratch_directory(config))
     return getattr(worker, work.__name__)

@@ -109,7 +109,7 @@ class Storage:
     scratch: Path
     """Absolute directory for the node cache and unfinished files."""
     on_cluster: ShardMap | None = None
-    """Prepares the rows of large sources on the cluster's nodes; None: this machine prepares them."""
+    """Runs work on many rows on the cluster's nodes; None: this machine does it."""
 
     @property
     def prepared(self) -> str:

@@ -12,11 +12,11 @@ from configs.loading import LoadedConfig
 from configs.schema import DataSource, FinetuneConfig, config_hash
 from runs.layout import DataFingerprints, RunResult
 from runs.reading import read_result
-from training.data.batches import BatchPlan, BatchShape
+from training.data.batches import BatchShape
 from training.data.chat_template import ChatTemplate
 from training.data.prepare import prepare_data
 from training.data.prepared import PreparedData, find_prepared
-from training.data.report import DataReport, make_report
+from training.data.report import DataReport, IndexFigures, make_report
 from training.data.request import DataRequest
 from training.data.shards import ShardMap
 from training.data.sources import DataFile, find_files
@@ -45,6 +45,7 @@ from training.planning.devices import (
 )
 from training.planning.endpoints import ClusterTarget
 from training.planning.flops import RowFlops, row_flops
+from training.planning.index_figures import IndexReader, index_figures
 from training.planning.memory import Job, MemoryReport, estimate_checkpoint, report_memory
 from training.planning.model import (
     Adapter,
@@ -56,7 +57,7 @@ from training.planning.model import (
     read_start,
 )
 from training.planning.paths import about_key, needs_embedded_bucket, scratch_directory, storage_path
-from training.planning.plan import Resolved, RunPlan, order_of
+from training.planning.plan import Resolved, RunPlan
 from training.planning.report import CheckedSample, PlanReport
 from training.planning.resume import complete_state, latest_of_the_same_run, recorded_paths
 from training.planning.template_date import find_earlier_rows, with_day
@@ -123,13 +124,13 @@ class Batch:
     """The reason for the value of `train_batch_size_per_device: auto`; empty if the YAML has a number."""
     job: Job | None
     """Input of the memory estimate; None for unsupported architectures."""
-    order: BatchPlan
+    figures: IndexFigures
     max_steps: int
 
     @property
     def shape(self) -> BatchShape:
         """Sequences and steps."""
-        return self.order.shape
+        return self.figures.shape
 
 
 @dataclass(frozen=True)
@@ -159,8 +160,7 @@ def make_plan(
         loaded: The checked YAML.
         target: Where the workers will be placed.
         progress: Called with each check.
-        on_cluster: Prepares the rows of large sources on the target cluster, which is asked for nothing before; None: this machine
-            prepares them.
+        on_cluster: Runs work on many rows on the target cluster, which is asked for nothing before; None: this machine does it.
 
     Returns:
         The plan, its report, and the prepared training and validation rows.
@@ -570,9 +570,11 @@ def _plan_batches(
         rows, reason = choose_batch_size(config, data.run_uri, storage.uri, job, settings.target)
         config = config.with_batch_size(rows)
         job = job and replace(job, config=config)
-    check_batch(config, len(data.train.index.length))
-    order = order_of(config, data.train.index.length, train.longest, config.most_devices)
-    return Batch(config, reason, job, order, count_steps(config, order.shape))
+    check_batch(config, train.rows)
+    padded_to = _longest_sequence(config, train) if config.padding == "max_length" else None
+    reader = IndexReader(config, padded_to, storage.prepared, storage.scratch)
+    figures = index_figures(reader, data.prepared, storage.on_cluster)
+    return Batch(config, reason, job, figures, count_steps(config, figures.shape))
 
 
 def _longest_sequence(config: FinetuneConfig, train: DataSummary) -> int:
@@ -695,10 +697,9 @@ def _report_rows(model: Model, data: Data, batch: Batch) -> DataReport:
     return make_report(
         data.train,
         data.valid,
-        batch.order,
+        batch.figures,
         more_valid=data.more_valid,
         limit=config.context_length or model.facts.max_context,
-        padded_to=_longest_sequence(config, data.train.summary) if config.padding == "max_length" else None,
         steps=batch.max_steps,
         valid_split=config.valid_split if config.max_train_rows == config.max_valid_rows else None,
     )

@@ -9,7 +9,7 @@ Environment variables select what it does:
 - RESUME_SKIP_RESTORE names a part of a checkpoint that is not restored: `rng`, `position` or `optimizer`.
 - GPU_KERNELS is `torch` or `liger`. CPU workers then compute the loss with TRL's fused head, as GPU workers do, in Triton's
   interpreter. With `liger` they use Liger's layers too.
-- ROWS_SHARD_BYTES is the size of the shards in which rows are prepared, also of small sources.
+- ROWS_SHARD_BYTES is the size of the shards in which rows are prepared, also of small sources. A task reads their indexes, too.
 """
 
 import os
@@ -128,6 +128,10 @@ def _prepare_small_shards(module: Any) -> None:
     module.MIN_BYTES = module.SHARD_BYTES = int(os.environ["ROWS_SHARD_BYTES"])
 
 
+def _read_small_indexes_in_a_task(module: Any) -> None:
+    module.MOST_ROWS_HERE = 0
+
+
 def _skip_rng(trainer: Any) -> None:
     trainer._load_rng_state = lambda self, checkpoint: None
 
@@ -163,7 +167,10 @@ if "GPU_KERNELS" in os.environ:
 if os.environ.get("GPU_KERNELS") == "liger":
     _PATCHES |= {"training.models": _use_liger}
 if "ROWS_SHARD_BYTES" in os.environ:
-    _PATCHES |= {"training.data.shards": _prepare_small_shards}
+    _PATCHES |= {
+        "training.data.shards": _prepare_small_shards,
+        "training.planning.index_figures": _read_small_indexes_in_a_task,
+    }
 
 
 class _PatchingFinder:

@@ -121,6 +121,9 @@ def test_lost_node_costs_its_shards_only_and_the_files_are_those_of_one_machine(
 
     driver = tmp_path / "driver-cache" / "anneal" / "cache"
     assert not list(driver.glob("**/data-*.arrow")), "no tokens pass the driver"
+    assert len(list(driver.glob("**/index.arrow"))) == 1, (
+        "only the index of the validation rows, which it prepared"
+    )
     assert not list(driver.glob("data/**/train.jsonl")), "the driver reads no rows of large sources"
     assert list((head / "anneal" / "cache").glob("**/data-*.arrow")), "the node that trains has the tokens"
 

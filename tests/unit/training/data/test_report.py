@@ -11,14 +11,22 @@ from tests.support.prepared import prepare, request
 from tests.support.tiny_model import write_data
 from training.data.batches import BatchPlan, BatchShape
 from training.data.prepared import PreparedData
-from training.data.report import DataReport, describe_loss, describe_rows, key_figures, make_report
+from training.data.report import (
+    DataReport,
+    describe_loss,
+    describe_rows,
+    key_figures,
+    make_report,
+    measure_indexes,
+)
 from training.data.report_page import to_html
 
 
 def report_of(train: PreparedData, valid: PreparedData | None = None, **changes: Any) -> DataReport:
     plan = BatchPlan(BatchShape(train.summary.rows, 4, 2, 1), 42, lengths=changes.pop("lengths", None))
-    settings: dict[str, Any] = {"limit": None, "padded_to": None, "steps": 7, "more_valid": {}} | changes
-    return make_report(train, valid, plan, **settings)
+    figures = measure_indexes(train, [valid] if valid else [], plan, changes.pop("padded_to", None))
+    settings: dict[str, Any] = {"limit": None, "steps": 7, "more_valid": {}} | changes
+    return make_report(train, valid, figures, **settings)
 
 
 def test_padding_waste_is_the_share_of_padding_in_the_batches(

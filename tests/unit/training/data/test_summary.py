@@ -41,7 +41,7 @@ def test_duplicates_are_the_rows_whose_text_an_earlier_row_has(values: int, coun
 
 
 def test_memory_of_finding_duplicates_is_two_copies_of_the_digests():
-    """The driver does it for all rows of a cluster."""
+    """One task does it for all rows of a cluster."""
     rows = 3_000_000
     index = RowIndex(index_of(np.random.default_rng(0).integers(0, 2**62, rows)))
     tracemalloc.start()
