@@ -5,6 +5,7 @@ import logging
 import socket
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from service.api import create_app
 from service.config import LoadedService, load_service
 from service.engine import engine_deployment
 from service.scheduler import Scheduler
+from utils.storage.bucket import BucketError
+from utils.storage.retries import CHECK
 from utils.storage.s3 import S3Store
 
 APP_NAME = "fine-tuning"
@@ -33,8 +36,7 @@ class ProxiedReplica:
     """A replica that answers the requests of Serve's proxies, on clusters whose load balancer expects them."""
 
     def __init__(self, service: LoadedService, handles: dict[str, Any], scheduler: Any):
-        _log_to_stderr()
-        _return_large_blocks()
+        _prepare(service)
         self._service, self._handles = service, handles
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -49,8 +51,7 @@ class ListeningReplica:
     """
 
     def __init__(self, service: LoadedService, handles: dict[str, Any], scheduler: Any):
-        _log_to_stderr()
-        _return_large_blocks()
+        _prepare(service)
         listening = socket.create_server(
             (service.config.host, service.config.port),
             family=socket.AF_INET6 if ":" in service.config.host else socket.AF_INET,
@@ -129,6 +130,14 @@ def build(service: LoadedService, *, behind_proxies: bool) -> Application:
 def build_from_file(arguments: dict[str, str]) -> Application:
     """Return the application for a Serve config file: `import_path: service.app:build_from_file`, `args: {config: PATH}`."""
     return build(load_service(Path(arguments["config"])), behind_proxies=True)
+
+
+def _prepare(service: LoadedService) -> None:
+    """Set up the logs and the memory of a replica, and load the client of S3, for which the first request would wait."""
+    _log_to_stderr()
+    _return_large_blocks()
+    with suppress(BucketError):  # requests report a bucket that does not answer
+        S3Store(service.config.storage_path, CHECK).first("keys/")
 
 
 def _log_to_stderr() -> None:

@@ -7,7 +7,7 @@ import secrets
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -19,7 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from service.engine import Accepted, ChatRequest, Delta, Event, Failed, Sampling, TokenLogprob, ToolCall
 from service.errors import ApiError, error_body, invalid
 from service.models import ServedModel
-from service.requests import check_value, reject_constant
+from service.requests import check_value, read_body, reject_constant
 from training.data.chat_template import SET_BY_RENDERING
 from training.data.chats import read_question
 from training.data.errors import RowError
@@ -29,6 +29,8 @@ from training.data.tools import read_tools
 T = TypeVar("T")
 
 MAX_BODY_BYTES = 16_000_000
+_MAX_LARGE_BODIES = 8
+"""Bodies above 1 MB that a replica holds until they are validated; further ones wait. JSON in memory may take 20 times its bytes."""
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
@@ -101,17 +103,24 @@ def chat_router(resolve: Callable[[str, Request], ServedModel], handles: Mapping
         resolve: Returns the model that a request names, or raises ApiError; may block on the bucket.
         handles: Name of each base model -> Ray Serve handle of its engine.
     """
-    router = APIRouter()
+    router, large_bodies = APIRouter(), asyncio.Semaphore(_MAX_LARGE_BODIES)
+
+    async def accept(request: Request) -> tuple[_Body, ChatRequest]:
+        """Read and validate a request."""
+        async with AsyncExitStack() as slot:
+            content = await read_body(
+                request, MAX_BODY_BYTES, on_large=lambda: slot.enter_async_context(large_bodies)
+            )
+
+            def read() -> tuple[_Body, ChatRequest]:
+                body = _read_body(_parsed(content))
+                return body, _chat_request(body, resolve(body.model, request))
+
+            return await run_in_threadpool(read)
 
     @router.post("/v1/chat/completions")
     async def create(request: Request) -> Response:
-        content = await _content_of(request)
-
-        def read() -> tuple[_Body, ChatRequest]:
-            body = _read_body(_parsed(content))
-            return body, _chat_request(body, resolve(body.model, request))
-
-        body, asked = await run_in_threadpool(read)
+        body, asked = await accept(request)
         model = asked.model
         events = _events(handles[model.base], asked)
         try:
@@ -139,19 +148,7 @@ def chat_router(resolve: Callable[[str, Request], ServedModel], handles: Mapping
 # --- Requests ---
 
 
-async def _content_of(request: Request) -> bytearray:
-    content = bytearray()
-    async for part in request.stream():
-        content += part
-        if len(content) > MAX_BODY_BYTES:
-            raise ApiError(
-                status=413,
-                message=f"The request body exceeds {MAX_BODY_BYTES:,} bytes. Shorten the messages.",
-            )
-    return content
-
-
-def _parsed(content: bytearray) -> Any:
+def _parsed(content: bytes | bytearray) -> Any:
     try:
         parsed = json.loads(content, parse_constant=reject_constant)
     except (ValueError, RecursionError) as error:
@@ -362,7 +359,7 @@ async def _stream(
 
     def chunk(choices: list[dict[str, Any]], **more: Any) -> str:
         written = answer.to_json("chat.completion.chunk", choices, **others | more)
-        return f"data: {json.dumps(written, ensure_ascii=False)}\n\n"
+        return f"data: {json.dumps(written)}\n\n"
 
     tokens = 0
     async with aclosing(events):

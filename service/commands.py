@@ -4,13 +4,12 @@ import ipaddress
 import json
 import math
 import os
-import secrets
 import socket
 import threading
 import time
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from configs.loading import load_config
 from configs.schema import DeepspeedFile
 from service.config import LoadedService, ServiceConfig, load_service
 from service.keys import create_first_key, create_key, list_keys, revoke_keys
+from service.ownership import Ownership
 from training.launch.reachability import check_cluster_answers
 from training.models.kernels import is_installed
 from training.planning.endpoints import (
@@ -48,7 +48,8 @@ _ANSWER_SECONDS = 60
 """Seconds until a proxy of Serve on this machine must answer."""
 _HEALTH_SECONDS = 20  # /healthz waits about 10 s for a bucket that does not answer
 _POLL_SECONDS = 0.2
-_OWNER = "owner of the service"
+_OWNER_SECONDS = 2.0
+"""Interval at which a process checks that no other has replaced its service."""
 
 
 class ServiceError(AnnealError):
@@ -220,7 +221,7 @@ class _Run:
         self._service, self._target, self._as_json = service, target, as_json
         self._output, self._progress = output, progress
         self._stop = threading.Event()
-        self._id = secrets.token_hex(8)
+        self._ownership = Ownership()
 
     def run(self) -> int:
         """Start the service, wait for a signal and stop it; return the exit code."""
@@ -246,19 +247,20 @@ class _Run:
                     self._deploy()
                     if not self._stop.is_set():
                         self._announce(create_first_key(S3Store(config.storage_path), DEFAULT_PROJECT))
-                    self._stop.wait()
-                    self._write(
-                        "stopping: running jobs commit a checkpoint; the same command continues them"
-                        if self._owns_application()
-                        else "stopping: the service on the cluster belongs to another process, and continues"
-                    )
+                    self._wait_for_end()
                 finally:
-                    owns_application = self._owns_application()
-                    if owns_application and APP_NAME in serve.status().applications:
+                    deletes = self._ownership.leave()
+                    if self._stop.is_set():
+                        self._write(
+                            "stopping: running jobs commit a checkpoint; the same command continues them"
+                            if deletes
+                            else "stopping: the service on the cluster belongs to another process, and continues"
+                        )
+                    if deletes and APP_NAME in serve.status().applications:
                         serve.delete(APP_NAME)
                     if running is None and not serve.status().applications:
                         serve.shutdown()
-                    if owns_application:
+                    if deletes:
                         _stop_drivers(received)
             finally:
                 ray.shutdown()
@@ -281,6 +283,8 @@ class _Run:
 
         config, is_local = self._service.config, self._target.is_local
         replaces = APP_NAME in serve.status().applications
+        if replaces:
+            self._ownership.claim()
         try:
             application = build(self._service, behind_proxies=not is_local)
             serve.start(
@@ -300,8 +304,10 @@ class _Run:
         # A service that already ran, and its jobs, must survive an update that fails or is interrupted. A process that
         # replaces nothing owns from here on only: another may replace it before it is running.
         if not replaces:
-            self._own_application()
+            self._ownership.take()
         while not self._stop.wait(_POLL_SECONDS):
+            if replaces:
+                self._ownership.claim()
             found = serve.status().applications.get(APP_NAME)
             if found is None:
                 raise ServiceError(
@@ -313,20 +319,20 @@ class _Run:
                 if not is_local:
                     self._wait_for_answer()
                 if replaces and not self._stop.is_set():
-                    self._own_application()
+                    self._ownership.take()
                 return
 
-    def _own_application(self) -> None:
-        """Record that the application on the cluster is the one of this process, which deletes it at the end."""
-        from training.loop.ray_internals import set_cluster_value
+    def _wait_for_end(self) -> None:
+        """Wait for a signal, or until another process has replaced the service."""
+        from ray.exceptions import RpcError
 
-        set_cluster_value(_OWNER, self._id)
-
-    def _owns_application(self) -> bool:
-        """Return whether the application on the cluster is still the one of this process."""
-        from training.loop.ray_internals import cluster_value
-
-        return cluster_value(_OWNER) == self._id
+        while not self._stop.wait(_OWNER_SECONDS):
+            with suppress(RpcError):  # the head restarts; if it does not return, Ray terminates this process
+                if not self._ownership.is_mine():
+                    self._write(
+                        "another process has replaced the service on the cluster, which continues; this one exits"
+                    )
+                    return
 
     def _wait_for_answer(self) -> None:
         """Wait until a proxy of Serve answers at the service's address; print a warning if this machine has none.

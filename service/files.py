@@ -1,11 +1,12 @@
 """Files: records, content in the bucket, and uploads that are streamed."""
 
 import asyncio
+import mmap
 import secrets
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,39 +17,66 @@ import anyio.to_thread
 from awscrt.checksums import crc64nvme
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from service.config import Limits
 from service.errors import ApiError, invalid, not_found
+from service.jobs import UNFINISHED
 from service.keys import Caller
 from service.layout import active_key, content_key, files_of, jobs_of
 from service.records import Record, Slice
-from service.requests import RETRY_SECONDS, PageQuery
+from service.requests import RETRY_SECONDS, PageQuery, blocks_of
 from utils.files import checksum_text
+from utils.storage.bucket import NotFoundError
 from utils.storage.s3 import UPLOAD_PART_BYTES, S3Store, StreamedUpload
 
 T = TypeVar("T")
 
 PURPOSE, RESULTS_PURPOSE = "fine-tune", "fine-tune-results"
 _PARTS_AT_A_TIME = 2
-_MAX_UPLOADS, _MAX_UPLOADS_OF_PROJECT = 100, 50
-"""Uploads that one replica receives at a time. Each has up to 16 MB that are not sent yet, and 2 parts of 8 MB on
-their way, which botocore copies. One project must not take the slots of all others."""
-_SILENCE_SECONDS = 60.0
+_MAX_TRANSFERS, _MAX_TRANSFERS_OF_PROJECT = 100, 50
+"""Uploads that one replica receives at a time, and downloads. An upload has a buffer of 8 MB and 2 parts of 8 MB on their way; a
+download has a block and its copy in the buffer of the connection. One project must not take the slots of all others."""
 _MAX_FIELD_BYTES = 4096
 _MAX_PARTS = 16
 _READ_BYTES = 4 * 1024 * 1024
 _DELETED = "deleted/"
 """Prefix of the markers of files that were just deleted, by which a repeated deletion is recognized. Their keys contain the hour of
 the deletion, so that a listing shows which are old."""
-_ORPHAN_SECONDS = 3600.0
-"""Age at which a content without a record is an orphan: much longer than a request waits for the bucket or is repeated."""
 
 
 @cache
 def _content_threads() -> anyio.CapacityLimiter:
     """Return the limiter of threads of uploads and downloads: a slow bucket must not take the threads of other requests."""
     return anyio.CapacityLimiter(64)
+
+
+class _Slots:
+    """The uploads or downloads that this replica has at a time."""
+
+    def __init__(self, kind: str):
+        self._kind = kind
+        self._taken: Counter[str] = Counter()
+
+    @contextmanager
+    def taken(self, project: str) -> Iterator[None]:
+        """Count one within the block; raise an ApiError if there are too many already, of all projects or of this one."""
+        is_full = self._taken.total() >= _MAX_TRANSFERS
+        if is_full or self._taken[project] >= _MAX_TRANSFERS_OF_PROJECT:
+            many = f"{_MAX_TRANSFERS} {self._kind}"
+            many = many if is_full else f"{_MAX_TRANSFERS_OF_PROJECT} {self._kind} of the project"
+            raise ApiError(
+                status=429,
+                message=f"The service has {many} already. Send the request again.",
+                type="rate_limit_error",
+                code="rate_limit_exceeded",
+                headers={"Retry-After": "5"},
+            )
+        self._taken[project] += 1
+        try:
+            yield
+        finally:
+            self._taken[project] -= 1
 
 
 class Files:
@@ -63,7 +91,7 @@ class Files:
             limits: Limits of the service.
         """
         self._store, self._contents, self._limits = store, contents, limits
-        self._uploads: Counter[str] = Counter()
+        self._uploads, self._downloads = _Slots("uploads"), _Slots("downloads")
 
     async def create(self, caller: Caller, request: Request, *, is_retry: bool) -> Record:
         """Stream an upload into the bucket and return its record, or that of the same upload whose response was lost.
@@ -78,46 +106,40 @@ class Files:
         too_large = int(declared) > self._limits.file_bytes + 100_000 if declared.isdigit() else False
         if too_large:
             raise self._too_large()
-        await anyio.to_thread.run_sync(self._check_stored_bytes, caller.project)
+        if not is_retry:  # a retry is counted below, because its first request may have used up the limit
+            await anyio.to_thread.run_sync(self._check_stored_bytes, caller.project)
         name = f"{secrets.token_hex(12)}.jsonl"
         key = content_key(caller.project, name)
         parser = _Upload(request, self._limits.file_bytes, self._too_large)
-        with self._upload_slot(caller.project):
+        with self._uploads.taken(caller.project):
             upload = await parser.stream_to(self._contents, key)
-        try:
-            purpose = upload.fields.get("purpose")
-            if purpose is None:
-                raise invalid("'purpose' is a required property", "purpose", "missing_required_parameter")
-            if purpose != PURPOSE:
-                raise invalid(f"Invalid 'purpose': this service stores files for {PURPOSE!r}.", "purpose")
-            if unknown := sorted(upload.fields.keys() - {"purpose"}):
-                raise invalid(
-                    f"Unknown parameter: {unknown[0][:100]!r}", unknown[0][:100], "unknown_parameter"
-                )
-            if upload.size == 0:
-                raise invalid("The file is empty.", "file")
-        except ApiError:
-            await anyio.to_thread.run_sync(self._store.delete, [key])
-            raise
         identity = {
             "key_id": caller.key_id,
             "bytes": upload.size,
             "checksum": checksum_text(upload.crc),
             "filename": upload.filename,
-            "purpose": purpose,
+            "purpose": upload.fields.get("purpose"),
         }
         record = identity | {"created_at": int(time.time()), "content": name}
+        since = int(began) - (RETRY_SECONDS if is_retry else 0)
+
+        def make(identifier: str) -> Record:
+            if is_retry:
+                self._check_stored_bytes(caller.project)
+            return {"id": identifier, **record}
 
         def is_the_same(other: Record) -> bool:
-            if not is_retry or began - other["created_at"] > RETRY_SECONDS:
+            if not is_retry or other["created_at"] < since:
                 return other["content"] == name  # stored by a write whose response was lost
             return all(other.get(field) == value for field, value in identity.items())
 
-        created = await _in_content_thread(
-            files_of(self._contents, caller.project).append,
-            lambda identifier: {"id": identifier, **record},
-            is_the_same,
-        )
+        try:
+            _check_form(upload)
+            records = files_of(self._contents, caller.project)
+            created = await _in_content_thread(records.append, make, is_the_same, since)
+        except ApiError:
+            await anyio.to_thread.run_sync(self._store.delete, [key])
+            raise
         if created["content"] != name:
             await anyio.to_thread.run_sync(self._store.delete, [key])
         return created
@@ -138,12 +160,16 @@ class Files:
             wanted=lambda record: purpose in (None, record["purpose"]),
         )
 
-    async def content(self, project: str, record: Record) -> AsyncIterator[bytes]:
-        """Yield the content of a file in blocks."""
+    async def content(self, project: str, record: Record) -> AsyncGenerator[bytes]:
+        """Yield the content of a file in blocks; raise an ApiError if it was deleted, or there are too many downloads already."""
         key = content_key(project, record["content"])
-        for start in range(0, record["bytes"], _READ_BYTES):
-            length = min(_READ_BYTES, record["bytes"] - start)
-            yield await _in_content_thread(self._contents.read_range, key, start, length)
+        with self._downloads.taken(project):
+            for start in range(0, record["bytes"], _READ_BYTES):
+                length = min(_READ_BYTES, record["bytes"] - start)
+                try:
+                    yield await _in_content_thread(self._contents.read_range, key, start, length)
+                except NotFoundError as error:
+                    raise not_found("File object", record["id"]) from error
 
     def delete(self, project: str, file_id: str, *, is_retry: bool) -> None:
         """Delete a file; raise an ApiError if it does not exist or an unfinished job needs it.
@@ -163,7 +189,8 @@ class Files:
         prefix = active_key(project)
         active = [item.key.removeprefix(prefix) for item in self._store.list(prefix)]
         for job in jobs_of(self._store, project).get_many(active).values():
-            if file_id in (job["training_file"], job["validation_file"]):
+            is_used = file_id in (job["training_file"], job["validation_file"])
+            if is_used and job["status"] in UNFINISHED:
                 raise invalid(
                     f"The file is used by the unfinished job {job['id']}. Cancel the job first.", "file_id"
                 )
@@ -172,29 +199,12 @@ class Files:
         if record is not None:
             self._store.delete([content_key(project, record["content"])])
 
-    @contextmanager
-    def _upload_slot(self, project: str) -> Iterator[None]:
-        """Count an upload; raise an ApiError if this replica receives too many already, of all projects or of this one."""
-        is_full = self._uploads.total() >= _MAX_UPLOADS
-        if is_full or self._uploads[project] >= _MAX_UPLOADS_OF_PROJECT:
-            many = (
-                f"{_MAX_UPLOADS} uploads" if is_full else f"{_MAX_UPLOADS_OF_PROJECT} uploads of the project"
-            )
-            raise ApiError(
-                status=429,
-                message=f"The service receives {many} already. Upload the file again.",
-                type="rate_limit_error",
-                code="rate_limit_exceeded",
-                headers={"Retry-After": "5"},
-            )
-        self._uploads[project] += 1
-        try:
-            yield
-        finally:
-            self._uploads[project] -= 1
-
     def _check_stored_bytes(self, project: str) -> None:
         stored = sum(item.size for item in self._store.list(content_key(project)))
+        if stored >= self._limits.stored_bytes:
+            # Some contents may have no record: those of uploads that were killed or are being recorded.
+            found = files_of(self._store, project).slice(after=None, limit=sys.maxsize)
+            stored = sum(record["bytes"] for record in found.records) if found else 0
         if stored >= self._limits.stored_bytes:
             raise ApiError(
                 status=429,
@@ -212,18 +222,43 @@ class Files:
         )
 
 
-def delete_orphans(store: S3Store) -> None:
-    """Delete contents without a record, which killed uploads and deletions have left, and old markers of deleted files."""
+def delete_orphans(store: S3Store, suspects: Collection[str]) -> set[str]:
+    """Delete contents without a record, which killed uploads and deletions have left, and old markers of deleted files.
+
+    Args:
+        store: The service's storage path.
+        suspects: Contents that had no record an hour ago. Their age would not do: S3 counts it from the begin of an upload, and
+            the record of an upload that took long may be about to be stored.
+
+    Returns:
+        Contents that have no record now: the suspects of the next call.
+    """
     last_hour = f"{_DELETED}{_hour() - 1:08d}"
     store.delete([item.key for item in store.list(_DELETED) if item.key < last_hour])
-    contents: dict[str, list[str]] = {}
+    contents: dict[str, set[str]] = {}
     for item in store.list("content/"):
-        contents.setdefault(item.key.split("/")[1], []).append(item.key)
+        contents.setdefault(item.key.split("/")[1], set()).add(item.key)
+    orphans: set[str] = set()
     for project, keys in contents.items():
         found = files_of(store, project).slice(after=None, limit=sys.maxsize)
-        known = {content_key(project, record["content"]) for record in found.records} if found else set()
-        orphans = [key for key in keys if key not in known]
-        store.delete([key for key in orphans if (store.age(key) or 0.0) > _ORPHAN_SECONDS])
+        orphans |= keys - {
+            content_key(project, record["content"]) for record in (found.records if found else ())
+        }
+    store.delete(orphans.intersection(suspects))
+    return orphans.difference(suspects)
+
+
+def _check_form(upload: "_Upload") -> None:
+    """Raise an ApiError if a form has another purpose, unknown fields or an empty file."""
+    purpose = upload.fields.get("purpose")
+    if purpose is None:
+        raise invalid("'purpose' is a required property", "purpose", "missing_required_parameter")
+    if purpose != PURPOSE:
+        raise invalid(f"Invalid 'purpose': this service stores files for {PURPOSE!r}.", "purpose")
+    if unknown := sorted(upload.fields.keys() - {"purpose"}):
+        raise invalid(f"Unknown parameter: {unknown[0][:100]!r}", unknown[0][:100], "unknown_parameter")
+    if upload.size == 0:
+        raise invalid("The file is empty.", "file")
 
 
 def _hour() -> int:
@@ -275,10 +310,11 @@ class _Upload:
         self.size = self.crc = 0
         self._request, self._limit, self._too_large = request, limit, too_large
         self._part = _Part()
-        self._parts = 0
+        self._part_count = 0
         self._has_file = self._is_complete = False
-        self._rest = bytearray()
-        """Content that is not uploaded yet."""
+        # A mapping takes memory only where it is filled, and leaves no holes in the heap, unlike a growing bytearray.
+        self._buffer, self._filled = mmap.mmap(-1, UPLOAD_PART_BYTES, mmap.MAP_PRIVATE), 0
+        self._parts_to_send: deque[bytes] = deque()
 
     async def stream_to(self, store: S3Store, key: str) -> "_Upload":
         """Parse the form and upload the file part by part; return this object with its fields and size.
@@ -297,47 +333,37 @@ class _Upload:
             if isinstance(error, UnicodeDecodeError):
                 message = "The multipart form has a part whose name or value is not UTF-8 text."
                 raise invalid(message) from error
-            if isinstance(error, ClientDisconnect):
-                raise ApiError(status=499, message="The client closed the connection.") from error
             raise
         return self
 
     async def _send_parts(self, upload: StreamedUpload, running: deque[asyncio.Task[None]]) -> None:
         parser, number = self._parser(), 0
-        async for block in self._blocks():
+        sending: dict[int, bytes] = {}
+
+        def send(number: int) -> None:
+            upload.put(number, sending.pop(number))  # a thread frees its arguments later than it returns
+
+        async for block in blocks_of(self._request):
+            if self._filled + len(block) >= UPLOAD_PART_BYTES and len(running) == _PARTS_AT_A_TIME:
+                await running.popleft()  # before the block completes a part
             parser.write(block)
-            while len(self._rest) >= UPLOAD_PART_BYTES:
+            while self._parts_to_send:
                 if len(running) == _PARTS_AT_A_TIME:
                     await running.popleft()
-                with memoryview(self._rest) as view:  # a slice would copy the part twice
-                    part = bytes(view[:UPLOAD_PART_BYTES])
-                del self._rest[:UPLOAD_PART_BYTES]
-                self.crc = crc64nvme(part, self.crc)
-                running.append(asyncio.create_task(_in_content_thread(upload.put, number, part)))
+                sending[number] = self._parts_to_send.popleft()
+                running.append(asyncio.create_task(_in_content_thread(send, number)))
                 number += 1
         self._check_complete()
         while running:
             await running.popleft()
-        last = bytes(self._rest)
-        self.crc = crc64nvme(last, self.crc)
-        await _in_content_thread(upload.complete, last)
+        await _in_content_thread(upload.complete, self._take_filled())
 
-    async def _blocks(self) -> AsyncIterator[bytes]:
-        """Yield the body; raise an ApiError if the client is silent for too long."""
-        stream = self._request.stream()
-        while True:
-            try:
-                async with asyncio.timeout(_SILENCE_SECONDS):
-                    block = await anext(stream)
-            except StopAsyncIteration:
-                return
-            except TimeoutError as error:
-                raise ApiError(
-                    status=408,
-                    message=f"The client sent nothing for {_SILENCE_SECONDS:.0f} s. Upload the file again.",
-                    headers={"Connection": "close"},
-                ) from error
-            yield block
+    def _take_filled(self) -> bytes:
+        """Return the content of the buffer, which is empty then."""
+        content = self._buffer[: self._filled]
+        self._filled = 0
+        self.crc = crc64nvme(content, self.crc)
+        return content
 
     def _check_complete(self) -> None:
         if not self._is_complete:
@@ -374,8 +400,8 @@ class _Upload:
             raise invalid(f"A field of the multipart form is larger than {_MAX_FIELD_BYTES:,} bytes.")
 
     def _on_part_begin(self) -> None:
-        self._parts += 1
-        if self._parts > _MAX_PARTS:
+        self._part_count += 1
+        if self._part_count > _MAX_PARTS:
             raise invalid(f"The multipart form has more than {_MAX_PARTS} parts.")
         self._part = _Part()
 
@@ -405,7 +431,12 @@ class _Upload:
         self.size += end - start
         if self.size > self._limit:
             raise self._too_large()
-        self._rest += data[start:end]
+        while start < end:
+            taken = min(end - start, UPLOAD_PART_BYTES - self._filled)
+            self._buffer[self._filled : self._filled + taken] = data[start : start + taken]
+            start, self._filled = start + taken, self._filled + taken
+            if self._filled == UPLOAD_PART_BYTES:
+                self._parts_to_send.append(self._take_filled())
 
     def _on_part_end(self) -> None:
         part = self._part

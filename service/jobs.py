@@ -175,11 +175,12 @@ class Jobs:
             self._mark_unfinished(caller.project, identifier)
             return {"id": identifier, **record}
 
-        def is_the_same(other: Record) -> bool:
-            window = RETRY_SECONDS if is_retry else _REPEAT_SECONDS
-            return other["request_digest"] == digest and now - other["created_at"] <= window
+        since = now - (RETRY_SECONDS if is_retry else _REPEAT_SECONDS)
 
-        created = jobs_of(self._store, caller.project).append(make, is_the_same)
+        def is_the_same(other: Record) -> bool:
+            return other["request_digest"] == digest and other["created_at"] >= since
+
+        created = jobs_of(self._store, caller.project).append(make, is_the_same, since)
         # Between the marker and the record, a scheduler may have taken this request for dead.
         self._store.write(active_key(caller.project, created["id"]), b"")
         self._store.delete([active_key(caller.project, each) for each in marked if each != created["id"]])
@@ -257,9 +258,14 @@ class Jobs:
         The scheduler finds jobs by their markers, so the marker exists before the job does. Requests of all replicas see each
         other's markers, and ids sort by their time.
         """
-        marker = active_key(project, job_id)
+        prefix, marker = active_key(project), active_key(project, job_id)
         self._store.write(marker, b"")
-        if sum(item.key < marker for item in self._store.list(active_key(project))) >= self._limit:
+        earlier = [item.key.removeprefix(prefix) for item in self._store.list(prefix) if item.key < marker]
+        if len(earlier) >= self._limit:  # the markers of some may only wait for the scheduler to delete them
+            found = jobs_of(self._store, project).get_many(earlier)
+            ended = {job["id"] for job in found.values() if job["status"] not in UNFINISHED}
+            earlier = [each for each in earlier if each not in ended]
+        if len(earlier) >= self._limit:
             self._store.delete([marker])
             raise self._too_many_jobs()
 

@@ -60,9 +60,14 @@ class Models:
         for job in jobs_of(self._store, project).get_many(active).values():
             if job["fine_tuned_model"] and not job["model_deleted"]:
                 found[job["fine_tuned_model"]] = job["created_at"]
+        offered = self._service.config.models
         return [
             *bases,
-            *(_body(model_id, created_at, project) for model_id, created_at in sorted(found.items())),
+            *(
+                _body(model_id, created_at, project)
+                for model_id, created_at in sorted(found.items())
+                if model_id.split(":")[1] in offered
+            ),
         ]
 
     def get(self, model_id: str, project: str) -> dict[str, Any]:

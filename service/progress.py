@@ -2,6 +2,7 @@
 
 import bisect
 import csv
+import heapq
 import io
 import math
 import threading
@@ -15,6 +16,7 @@ from runs.reading import committed, parse_metrics
 from service.layout import JOB_PREFIX, metrics_key, run_store
 from service.models import fine_tuned_id
 from service.records import Record
+from service.requests import PageQuery, slice_by_id
 from utils.storage.bucket import NotFoundError
 from utils.storage.s3 import S3Store
 
@@ -22,8 +24,13 @@ _CSV_COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mea
 """OpenAI's columns."""
 _MAX_RUNS = 64
 """Runs whose metrics are remembered."""
+_MAX_STEPS = 1_000_000
+"""Steps of all these runs together; a run with more is the only one."""
+_LOCKS = 16
 
 Figures = Mapping[str, float]
+_Event = tuple[int, str, Any]
+"""Creation time, id, and the step or (level, text)."""
 
 
 class Progress:
@@ -36,38 +43,43 @@ class Progress:
             store: The service's storage path.
         """
         self._store = store
-        self._known: OrderedDict[str, tuple[str, Mapping[int, Figures]]] = OrderedDict()
+        self._known: OrderedDict[str, tuple[str, dict[int, Figures]]] = OrderedDict()
         """Key of a run's metrics -> their ETag and what they contain."""
+        self._reading = [threading.Lock() for _ in range(_LOCKS)]
         self._changing = threading.Lock()
 
-    def events(self, project: str, job: Record) -> list[dict[str, Any]]:
-        """Return the events of a job as the API answers them, newest first."""
-        name = job["id"].removeprefix(JOB_PREFIX)
-        messages = [
-            _event(f"ftevent-{name}-m{number:05d}", created_at, message, level=level)
-            for created_at, level, message, number in job["messages"]
-        ]
-        total = job["total_steps"]
+    def events(self, project: str, job: Record, query: PageQuery) -> dict[str, Any]:
+        """Return a part of the list of events of a job as the API answers it; only its events are built."""
+        name, total = job["id"].removeprefix(JOB_PREFIX), job["total_steps"]
         steps = self.steps(project, job["id"])
-        metrics = []
-        for created_at, (step, figures) in zip(_times_of(job, list(steps)), steps.items(), strict=True):
-            of_total = f"Step {step}/{total}" if total else f"Step {step}"
-            shown = ", ".join(
-                f"{label} loss={figures[key]:.4f}"
-                for label, key in (("training", "train_loss"), ("validation", "valid_loss"))
-                if key in figures
-            )
-            data = {"step": step, "total_steps": total, **figures}
-            identifier = f"ftevent-{name}-s{step:07d}"
-            metrics.append(_event(identifier, created_at, f"{of_total}: {shown}", kind="metrics", data=data))
-        return sorted(
-            [*messages, *metrics], key=lambda event: (event["created_at"], event["id"]), reverse=True
+        newest_first = not query.ascending
+        messages = sorted(
+            (
+                (at, f"ftevent-{name}-m{number:05d}", (level, text))
+                for at, level, text, number in job["messages"]
+            ),
+            reverse=newest_first,
+        )
+        metrics = (
+            (_time_of(job, step), f"ftevent-{name}-s{step:07d}", step)
+            for step in (reversed(steps) if newest_first else steps)
         )
 
-    def checkpoints(self, project: str, job: Record) -> list[dict[str, Any]]:
-        """Return the committed checkpoints of a job as the API answers them, newest first."""
+        def shape(event: _Event) -> dict[str, Any]:
+            created_at, identifier, content = event
+            if isinstance(content, int):
+                return _metrics_event(identifier, created_at, content, total, steps[content])
+            level, text = content
+            return _event_body(identifier, created_at, text, level=level)
+
+        merged = heapq.merge(messages, metrics, key=lambda event: event[:2], reverse=newest_first)
+        return slice_by_id(merged, query, "event", lambda event: event[1], shape)
+
+    def checkpoints(self, project: str, job: Record, query: PageQuery) -> dict[str, Any]:
+        """Return a part of the list of committed checkpoints of a job as the API answers it."""
         steps = self.steps(project, job["id"])
-        return [
+        found = committed(run_store(self._store, project, job["id"]))
+        bodies = [
             {
                 "object": "fine_tuning.job.checkpoint",
                 "id": f"ftckpt-{job['id'].removeprefix(JOB_PREFIX)}-{manifest.step}",
@@ -77,8 +89,9 @@ class Progress:
                 "metrics": {"step": manifest.step, **steps.get(manifest.step, {})},
                 "step_number": manifest.step,
             }
-            for manifest in reversed(committed(run_store(self._store, project, job["id"])))
+            for manifest in (found if query.ascending else reversed(found))
         ]
+        return slice_by_id(bodies, query, "checkpoint", lambda body: body["id"], lambda body: body)
 
     def metrics_csv(self, project: str, job: Record) -> bytes:
         """Return the CSV of step metrics that a finished job has as its result file."""
@@ -91,26 +104,35 @@ class Progress:
                 writer.writerow([row.get(name, "") for name in _CSV_COLUMNS])
         return text.getvalue().encode()
 
-    def steps(self, project: str, job_id: str) -> Mapping[int, Figures]:
+    def steps(self, project: str, job_id: str) -> dict[int, Figures]:
         """Return step -> metrics of a job's run with OpenAI's names, in order; empty before the first."""
         key = metrics_key(project, job_id)
+        before = self._known.get(key)
         try:
             etag = self._store.stat(key).etag
         except NotFoundError:
             return {}
-        known = self._known.get(key)
-        if known is None or known[0] != etag:
-            found = self._store.read_version(key)
-            if found is None:
-                return {}
-            lines, _ = parse_metrics(found[0], self._store.uri_of(key))
-            known = (found[1], _figures_by_step(lines))
-            with self._changing:
-                self._known[key] = known
-                self._known.move_to_end(key)
-                if len(self._known) > _MAX_RUNS:
-                    self._known.popitem(last=False)
+        with self._reading[
+            hash(key) % _LOCKS
+        ]:  # clients that poll a job wait for one of them to read its metrics
+            known = self._known.get(key)
+            if known is None or (known[0] != etag and known is before):
+                found = self._store.read_version(key)
+                if found is None:
+                    return {}
+                lines, _ = parse_metrics(found[0], self._store.uri_of(key))
+                known = (found[1], _figures_by_step(lines))
+                self._remember(key, known)
         return known[1]
+
+    def _remember(self, key: str, known: tuple[str, dict[int, Figures]]) -> None:
+        with self._changing:
+            self._known[key] = known
+            self._known.move_to_end(key)
+            steps = sum(len(figures) for _, figures in self._known.values())
+            while len(self._known) > 1 and (len(self._known) > _MAX_RUNS or steps > _MAX_STEPS):
+                _, (_, figures) = self._known.popitem(last=False)
+                steps -= len(figures)
 
 
 def _figures_by_step(lines: Sequence[MetricsLine]) -> dict[int, Figures]:
@@ -135,16 +157,29 @@ def _figures(line: MetricsLine) -> dict[str, float]:
     return {name: value for name, value in named.items() if value is not None and math.isfinite(value)}
 
 
-def _times_of(job: Record, steps: Sequence[int]) -> list[int]:
-    """Return when the service first saw the metrics of each step; they become visible with the next checkpoint."""
+def _time_of(job: Record, step: int) -> int:
+    """Return when the service first saw the metrics of a step; they become visible with the next checkpoint."""
     marks = job["marks"]
-    marked = [mark[0] for mark in marks]
-    last = job["finished_at"] or (marks[-1][1] if marks else job["started_at"] or job["created_at"])
-    places = [bisect.bisect_left(marked, step) for step in steps]
-    return [marks[place][1] if place < len(marks) else last for place in places]
+    place = bisect.bisect_left(marks, step, key=lambda mark: mark[0])
+    if place < len(marks):
+        return marks[place][1]
+    return job["finished_at"] or (marks[-1][1] if marks else job["started_at"] or job["created_at"])
 
 
-def _event(
+def _metrics_event(
+    identifier: str, created_at: int, step: int, total: int | None, figures: Figures
+) -> dict[str, Any]:
+    of_total = f"Step {step}/{total}" if total else f"Step {step}"
+    shown = ", ".join(
+        f"{label} loss={figures[key]:.4f}"
+        for label, key in (("training", "train_loss"), ("validation", "valid_loss"))
+        if key in figures
+    )
+    data = {"step": step, "total_steps": total, **figures}
+    return _event_body(identifier, created_at, f"{of_total}: {shown}", kind="metrics", data=data)
+
+
+def _event_body(
     identifier: str,
     created_at: int,
     message: str,

@@ -169,5 +169,9 @@ def _calls_in(value: Any) -> list[ToolCall]:
             return []
         arguments = function[given[0]]
         written = arguments if isinstance(arguments, str) else json.dumps(arguments or {}, ensure_ascii=False)
+        try:
+            (function["name"] + written).encode()
+        except UnicodeEncodeError:  # a lone surrogate, which no response could contain
+            return []
         calls.append(ToolCall(function["name"], written))
     return calls

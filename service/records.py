@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from utils.storage.bucket import AlreadyExistsError, BucketError, ChangedError
@@ -70,19 +71,23 @@ class Records:
         return {each: found[each] for each in identifiers if each in found}
 
     def append(
-        self, make: Callable[[str], Record], existing: Callable[[Record], bool] | None = None
+        self,
+        make: Callable[[str], Record],
+        existing: Callable[[Record], bool] | None = None,
+        since: float = 0,
     ) -> Record:
         """Add a record and return it.
 
         Args:
             make: Returns the record for a new id.
-            existing: Returns whether a record is the same as the new one. A recent record that is the same is returned
-                instead, also if another process adds it at the same moment.
+            existing: Returns whether a record is the same as the new one. A record that is the same is returned instead, also
+                if another process adds it at the same moment.
+            since: Creation time of the oldest record that may be the same.
         """
         for _ in _attempts():
             number = self._newest()
             records, etag = self._read(number) if number is not None else ([], None)
-            for record in reversed([*self._before(number, records, existing), *records]):
+            for record in self._created_since(since, number, records) if existing else ():
                 if existing and existing(record):
                     return record
             if number is None or len(records) >= PAGE_RECORDS:
@@ -211,13 +216,12 @@ class Records:
                     yield json.loads(page)
                 done += count
 
-    def _before(
-        self, number: int | None, records: list[Record], existing: Callable[[Record], bool] | None
-    ) -> list[Record]:
-        """Return the records of the page before the newest one, where the same record may be."""
-        if existing is None or not number or len(records) >= PAGE_RECORDS:
-            return []
-        return self._read(number - 1)[0]
+    def _created_since(self, since: float, number: int | None, newest: list[Record]) -> Iterator[Record]:
+        """Yield the records that were created since a time, and the others of their pages, the newest page first."""
+        for page in chain([newest], self._pages(range((number or 0) - 1, -1, -1), needed=0)):
+            yield from reversed(page)
+            if page and max(record["created_at"] for record in page) < since:
+                return
 
     def _newest(self) -> int | None:
         found = self._store.first(f"{self._prefix}/")

@@ -1,12 +1,14 @@
 """Bodies and query parameters of requests: every wrong one becomes an ApiError that names the parameter."""
 
+import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from service.errors import ApiError, invalid
 from service.records import Record, Slice
@@ -16,8 +18,10 @@ MAX_PAGE = 100
 RETRY_SECONDS = 600
 """Time within which a request that is marked as a retry is recognized as the same."""
 _MAX_DEPTH = 50
+_SILENCE_SECONDS = 60.0
 
 Body = TypeVar("Body", bound=BaseModel)
+T = TypeVar("T")
 
 
 class RequestBody(BaseModel):
@@ -26,17 +30,47 @@ class RequestBody(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-async def read_body(request: Request) -> bytes:
-    """Return the body of a request; raise an ApiError if it is too large."""
+async def blocks_of(request: Request) -> AsyncIterator[bytes]:
+    """Yield the body of a request; raise an ApiError if the client disconnects or is silent for too long."""
+    stream = request.stream()
+    while True:
+        try:
+            async with asyncio.timeout(_SILENCE_SECONDS):
+                block = await anext(stream)
+        except StopAsyncIteration:
+            return
+        except ClientDisconnect as error:
+            raise ApiError(status=499, message="The client closed the connection.") from error
+        except TimeoutError as error:
+            raise ApiError(
+                status=408,
+                message=f"The client sent nothing for {_SILENCE_SECONDS:.0f} s. Send the request again.",
+                headers={"Connection": "close"},
+            ) from error
+        yield block
+
+
+async def read_body(
+    request: Request, most: int = MAX_BODY_BYTES, on_large: Callable[[], Awaitable[Any]] | None = None
+) -> bytearray:
+    """Return the body of a request; raise an ApiError if it is too large.
+
+    Args:
+        request: The request.
+        most: Maximum number of bytes.
+        on_large: Awaited once, when the body has more than MAX_BODY_BYTES.
+    """
     body = bytearray()
-    async for block in request.stream():
+    async for block in blocks_of(request):
         body += block
-        if len(body) > MAX_BODY_BYTES:
-            raise ApiError(status=413, message=f"The request body is larger than {MAX_BODY_BYTES:,} bytes.")
-    return bytes(body)
+        if len(body) > most:
+            raise ApiError(status=413, message=f"The request body is larger than {most:,} bytes.")
+        if on_large and len(body) - len(block) <= MAX_BODY_BYTES < len(body):
+            await on_large()
+    return body
 
 
-def parse_json(body: bytes) -> dict[str, Any]:
+def parse_json(body: bytes | bytearray) -> dict[str, Any]:
     """Return the JSON object in a body."""
     try:
         parsed = json.loads(body, parse_constant=reject_constant)
@@ -49,17 +83,32 @@ def parse_json(body: bytes) -> dict[str, Any]:
     return parsed
 
 
-def parse_body(body: bytes, kind: type[Body]) -> Body:
+def parse_body(body: bytes | bytearray, kind: type[Body]) -> Body:
     """Return the validated JSON body of a request."""
+    given = parse_json(body)
     try:
-        return kind.model_validate(parse_json(body))
+        return kind.model_validate(given)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        param = ".".join(str(part)[:100] for part in first["loc"])[:200]
+        param = _param_of(given, first["loc"], is_missing=first["type"] == "missing")
         code = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}.get(
             first["type"]
         )
         raise invalid(f"Invalid value for '{param}': {first['msg'][:300]}", param, code) from error
+
+
+def _param_of(given: Any, location: Sequence[str | int], *, is_missing: bool) -> str:
+    """Return the parameter at a location of pydantic, which may end with the name of a type."""
+    parts: list[str] = []
+    for part in location:
+        inner: Any = dict(enumerate(given)) if isinstance(given, list) else given
+        is_given = isinstance(inner, dict) and part in inner
+        if is_given or is_missing:
+            parts.append(str(part)[:100])
+        if not is_given:
+            break
+        given = inner[part]
+    return ".".join(parts)[:200]
 
 
 def reject_constant(name: str) -> None:
@@ -149,12 +198,24 @@ def list_of(data: Sequence[Mapping[str, Any]], *, has_more: bool) -> dict[str, A
     }
 
 
-def slice_by_id(records: Sequence[Record], query: PageQuery, kind: str) -> dict[str, Any]:
-    """Return the JSON body of a list that is short enough to be built completely, newest first."""
-    ordered = list(reversed(records)) if query.ascending else list(records)
-    if query.after is not None:
-        places = [place for place, record in enumerate(ordered) if record["id"] == query.after]
-        if not places:
-            raise invalid(f"No such {kind}: {query.after[:200]!r}", "after")
-        ordered = ordered[places[0] + 1 :]
-    return list_of(ordered[: query.limit], has_more=len(ordered) > query.limit)
+def slice_by_id(
+    entries: Iterable[T],
+    query: PageQuery,
+    kind: str,
+    id_of: Callable[[T], str],
+    shape: Callable[[T], Record],
+) -> dict[str, Any]:
+    """Return the JSON body of a list of which nothing but the requested part is built.
+
+    Args:
+        entries: Entries of the complete list, in the order of the request.
+        query: The requested part.
+        kind: Name of an entry in messages.
+        id_of: Returns the id of an entry.
+        shape: Returns the body of an entry.
+    """
+    rest = iter(entries)
+    if query.after is not None and all(id_of(entry) != query.after for entry in rest):
+        raise invalid(f"No such {kind}: {query.after[:200]!r}", "after")
+    found = list(islice(rest, query.limit + 1))
+    return list_of([shape(entry) for entry in found[: query.limit]], has_more=len(found) > query.limit)

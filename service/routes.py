@@ -1,5 +1,7 @@
 """The routes of files, jobs and models."""
 
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -19,7 +21,6 @@ from service.requests import (
     page_query,
     parse_body,
     read_body,
-    slice_by_id,
 )
 
 _MAX_FILES = 10_000
@@ -49,11 +50,13 @@ def file_router(files: Files) -> APIRouter:
         return file_body(files.get(caller_of(request).project, file_id))
 
     @router.get("/{file_id}/content")
-    def content(request: Request, file_id: str) -> StreamingResponse:
+    async def content(request: Request, file_id: str) -> StreamingResponse:
         project = caller_of(request).project
-        record = files.get(project, file_id)
+        record = await run_in_threadpool(files.get, project, file_id)
+        blocks = files.content(project, record)
+        first = await anext(blocks)  # an error after the begin of the response would have no status
         return StreamingResponse(
-            files.content(project, record),
+            _continued(first, blocks),
             media_type="application/octet-stream",
             headers={"Content-Length": str(record["bytes"])},
         )
@@ -64,6 +67,13 @@ def file_router(files: Files) -> APIRouter:
         return {"id": file_id, "object": "file", "deleted": True}
 
     return router
+
+
+async def _continued(first: bytes, rest: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    async with aclosing(rest):
+        yield first
+        async for block in rest:
+            yield block
 
 
 def job_router(jobs: Jobs, progress: Progress) -> APIRouter:
@@ -108,12 +118,12 @@ def job_router(jobs: Jobs, progress: Progress) -> APIRouter:
     @router.get("/{job_id}/events")
     def events(request: Request, job_id: str) -> dict[str, Any]:
         project, query = caller_of(request).project, page_query(request)
-        return slice_by_id(progress.events(project, jobs.get(project, job_id)), query, "event")
+        return progress.events(project, jobs.get(project, job_id), query)
 
     @router.get("/{job_id}/checkpoints")
     def checkpoints(request: Request, job_id: str) -> dict[str, Any]:
         project, query = caller_of(request).project, page_query(request, default=10)
-        return slice_by_id(progress.checkpoints(project, jobs.get(project, job_id)), query, "checkpoint")
+        return progress.checkpoints(project, jobs.get(project, job_id), query)
 
     return router
 

@@ -100,6 +100,8 @@ class _Memory:
     orphans: dict[str, float] = field(default_factory=dict)
     """Marker without a job -> when it was first seen."""
     metrics_read: dict[str, float] = field(default_factory=dict)
+    suspects: set[str] = field(default_factory=set)
+    """Contents that had no record at the last sweep."""
     next_sweep: float = 0.0
     """When contents without a record are deleted next."""
 
@@ -145,7 +147,7 @@ class Scheduler:
             self.round()
             if time.monotonic() > self._memory.next_sweep:
                 self._memory.next_sweep = time.monotonic() + _SWEEP_SECONDS
-                delete_orphans(self._store)
+                self._memory.suspects = delete_orphans(self._store, self._memory.suspects)
             self._stop.wait(TICK_SECONDS)
 
     def round(self) -> None:

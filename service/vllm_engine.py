@@ -313,14 +313,24 @@ def _version(uri: str) -> str:
 
 
 async def _choices(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
-    async for line in response.aiter_lines():
-        if not line.startswith("data: ") or line == "data: [DONE]":
+    async for line in _lines(response):
+        if not line.startswith(b"data: ") or line == b"data: [DONE]":
             continue
-        chunk = json.loads(line.removeprefix("data: "))
+        chunk = json.loads(line.removeprefix(b"data: "))
         if "error" in chunk:
             raise _rejected(json.dumps(chunk).encode())
         for choice in chunk["choices"]:
             yield choice
+
+
+async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
+    """Yield lines; `aiter_lines` would also split a text at characters such as U+2028, which JSON does not escape."""
+    rest = b""
+    async for block in response.aiter_bytes():
+        *lines, rest = (rest + block).split(b"\n")
+        for line in lines:
+            yield line.rstrip(b"\r")
+    yield rest
 
 
 def _rejected(content: bytes) -> ApiError:

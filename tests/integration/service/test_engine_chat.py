@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import threading
 import time
 from collections.abc import AsyncGenerator, Iterator
@@ -189,6 +190,42 @@ def test_eight_streams_at_once_keep_their_own_answers(client: httpx.Client):
 
     answers = [response.json() for response in asyncio.run(ask_all())]
     assert [each["choices"] for each in answers] == [each["choices"] for each in alone]
+
+
+def test_large_bodies_wait_for_each_other(client: httpx.Client):
+    large = json.dumps(body(messages=[{"role": "nobody", "content": "a " * 700_000}])).encode()
+    begun = [socket.create_connection((client.base_url.host, client.base_url.port or 80)) for _ in range(8)]
+    try:
+        for connection in begun:
+            head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(large)}\r\n\r\n"
+            connection.sendall(head.encode() + large[:-1])
+        with pytest.raises(httpx.TimeoutException):
+            client.post(PATH, content=large, timeout=1)
+        assert ask(client)["choices"]
+    finally:
+        for connection in begun:
+            connection.close()
+    error = client.post(PATH, content=large).json()["error"]
+    assert error["param"] == "messages"
+
+
+class SayingEngine:
+    """An engine that answers with a text."""
+
+    def __init__(self, text: str):
+        self._text = text
+
+    async def chat(self, request: ChatRequest) -> AsyncGenerator[Event]:
+        yield Accepted(5)
+        yield Delta(0, self._text, finish_reason="stop", completion_tokens=1)
+
+
+def test_no_character_of_an_answer_splits_a_server_sent_event():
+    # Clients that use Python's `splitlines` split lines at all of these.
+    text = "one\u2028two\u2029three\x85four\x0b\x0c\x1c\x1d\x1e\r\nfive 🙂"
+    with serving(chat_app(LocalHandle(SayingEngine(text)))) as client:
+        assert text_of(stream(client)) == text
+        assert ask(client)["choices"][0]["message"]["content"] == text
 
 
 class BreakingEngine:

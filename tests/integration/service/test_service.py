@@ -177,7 +177,10 @@ ray.init(log_to_driver=False)
 if sys.argv[1] == "start":
     serve.start(proxy_location="EveryNode", http_options={"host": "127.0.0.1", "port": int(sys.argv[2])})
     serve.run(Other.bind(), name="other", route_prefix="/other")
-print(sorted(serve.status().applications), serve.get_app_handle("other").answer.remote().result())
+if sys.argv[1] == "status":
+    print(serve.status().applications["fine-tuning"].status.value)
+else:
+    print(sorted(serve.status().applications), serve.get_app_handle("other").answer.remote().result())
 """
 
 
@@ -186,7 +189,7 @@ def other_application(cluster: RayCluster, *arguments: str) -> str:
 
     Args:
         cluster: The cluster that it runs on.
-        arguments: "start" and the port of Serve's proxies, or "ask".
+        arguments: "start" and the port of Serve's proxies, "ask", or "status" for the status of the service.
     """
     command = [sys.executable, "-c", OTHER_APPLICATION, *arguments]
     variables = environment() | cluster.variables
@@ -255,7 +258,7 @@ def test_start_that_fails_leaves_a_running_service(tmp_path: Path, bucket_uri: s
 
 
 @pytest.mark.slow
-def test_stopped_process_leaves_a_service_that_replaced_its_own(
+def test_process_exits_once_another_has_replaced_its_service(
     tmp_path: Path, bucket_uri: str, tiny_model: Path
 ):
     config = write_service(tmp_path, bucket_uri, str(tiny_model), {"output_dir": str(tmp_path / "scratch")})
@@ -264,14 +267,48 @@ def test_stopped_process_leaves_a_service_that_replaced_its_own(
         with served(config, port, variables=cluster.variables) as first:
             headers = {"Authorization": f"Bearer {first.key}"}
             with served(config, port, variables=cluster.variables) as second:
-                first.process.send_signal(signal.SIGTERM)
-                assert first.process.wait(120) == 128 + signal.SIGTERM
-                assert "belongs to another process" in first.errors.read_text()
+                assert first.process.wait(120) == 0
+                assert "another process has replaced the service" in first.errors.read_text()
                 models = httpx.get(f"{second.base_url}/models", headers=headers, timeout=60).json()["data"]
                 assert [model["id"] for model in models] == ["tiny"]
                 second.process.send_signal(signal.SIGTERM)
                 assert second.process.wait(120) == 128 + signal.SIGTERM
         assert other_application(cluster, "start", str(port)) == "['other'] still here"
+
+
+@pytest.mark.slow
+def test_process_that_stops_passes_its_service_to_the_one_that_replaces_it(
+    tmp_path: Path, bucket_uri: str, tiny_model: Path
+):
+    good, waiting = tmp_path / "good", tmp_path / "waiting"
+    good.mkdir()
+    waiting.mkdir()
+    config = write_service(good, bucket_uri, str(tiny_model), {"output_dir": str(tmp_path / "scratch")})
+    models = {"tiny": {"config": "base.yaml", "resources": {"licence": 1}}}
+    never_ready = write_service(waiting, bucket_uri, str(tiny_model), models=models)
+    port = free_port()
+    command = [sys.executable, str(PROJECT / "main.py"), "serve", str(never_ready), "--port", str(port)]
+    with ray_cluster(3) as cluster:
+        assert other_application(cluster, "start", str(port)) == "['other'] still here"
+        with served(config, port, variables=cluster.variables) as first:
+            process = subprocess.Popen(
+                command, env=environment() | cluster.variables, cwd=PROJECT, process_group=0
+            )
+            try:
+                deadline = time.monotonic() + 120
+                while other_application(cluster, "status") != "DEPLOYING":
+                    assert process.poll() is None
+                    assert time.monotonic() < deadline
+                first.process.send_signal(signal.SIGTERM)
+                assert first.process.wait(120) == 128 + signal.SIGTERM
+                assert "belongs to another process" in first.errors.read_text()
+                assert other_application(cluster, "ask") == "['fine-tuning', 'other'] still here"
+                process.send_signal(signal.SIGTERM)
+                assert process.wait(60) == 128 + signal.SIGTERM
+            finally:
+                process.kill()
+                process.wait()
+        assert other_application(cluster, "ask") == "['other'] still here"
 
 
 @pytest.mark.slow

@@ -118,6 +118,20 @@ def test_model_is_listed_exactly_while_it_can_be_retrieved(
     assert models(red) == ["tiny"]
 
 
+def test_model_whose_base_is_no_longer_offered_is_neither_listed_nor_answered(
+    red: Api, store: S3Store, scheduling: Scheduler, tmp_path: Path, bucket_uri: str
+):
+    job_id = red.create_job(red.upload(rows())["id"])["id"]
+    scheduling._succeed("red", set_status(store, job_id, "running"), RunResult.model_validate(RESULT))
+    scheduling._retire("red", job_of(store, job_id))
+    model = job_of(store, job_id)["fine_tuned_model"]
+    assert models(red) == ["tiny", model]
+    changed = write_service(tmp_path, bucket_uri, models={"small": {"config": "base.yaml"}})
+    with running_api(load_service(changed)) as (again,):
+        again.get(f"/v1/models/{model}", 404)
+        assert models(again) == ["small"]
+
+
 def test_list_has_both_records_that_got_the_same_place(store: S3Store):
     records = files_of(store, "red")
     reserved = records.reserve()
@@ -205,9 +219,9 @@ def test_paused_job_keeps_its_files_and_is_counted(red: Api, store: S3Store, sch
     text = red.request("GET", "/metrics").text
     assert 'anneal_jobs{status="paused"} 1.0' in text
     red.post(f"/v1/fine_tuning/jobs/{job_id}/cancel")
+    assert red.delete(f"/v1/files/{file}")["deleted"]
     scheduling._act("red", job_of(store, job_id), None, None)  # pyright: ignore[reportArgumentType]
     assert store.list(active_key("red")) == []
-    assert red.delete(f"/v1/files/{file}")["deleted"]
 
 
 def test_repeated_action_is_answered_as_the_first(red: Api, store: S3Store):
@@ -244,17 +258,22 @@ def test_repeated_deletion_is_answered_as_the_first(red: Api, store: S3Store, sc
         assert red.request("DELETE", path, headers=RETRY).status_code == 404
 
 
-def test_contents_without_a_record_are_deleted_once_they_are_old(
-    red: Api, store: S3Store, monkeypatch: pytest.MonkeyPatch
-):
+def test_contents_without_a_record_are_deleted_by_the_second_sweep(red: Api, store: S3Store):
     file = red.upload(rows())
-    store.write(content_key("red", "killed-upload.jsonl"), b"x" * 100)
-    store.write(content_key("blue", "killed-upload.jsonl"), b"x" * 100)
-    files.delete_orphans(store)
-    assert len(store.list("content/")) == 3
-    monkeypatch.setattr(files, "_ORPHAN_SECONDS", -10.0)
-    files.delete_orphans(store)
-    assert [item.size for item in store.list("content/")] == [file["bytes"]]
+    killed = {content_key(project, "killed.jsonl") for project in ("red", "blue")}
+    slow = content_key("red", "slow.jsonl")
+    for key in (*killed, slow):
+        store.write(key, b"x" * 100)
+    suspects = files.delete_orphans(store, ())
+    assert suspects == {*killed, slow}
+    assert len(store.list("content/")) == 4
+    # The record of an upload is stored after its content, whose age S3 counts from the begin of the upload.
+    template = files_of(store, "red").get(file["id"])
+    assert template
+    files_of(store, "red").append(lambda new: template | {"id": new, "content": "slow.jsonl"})
+    assert files.delete_orphans(store, suspects) == set()
+    assert {item.key for item in store.list("content/")}.isdisjoint(killed)
+    assert len(store.list("content/")) == 2
 
 
 def test_markers_of_deleted_files_are_deleted_after_an_hour(
@@ -266,14 +285,11 @@ def test_markers_of_deleted_files_are_deleted_after_an_hour(
     for path in paths:
         red.delete(path)
     hour += 1
-    files.delete_orphans(store)
+    files.delete_orphans(store, ())
     assert [red.request("DELETE", path, headers=RETRY).status_code for path in paths] == [200] * 3
     hour += 1
-    aged: list[str] = []
-    monkeypatch.setattr(store, "age", aged.append)
-    files.delete_orphans(store)
+    files.delete_orphans(store, ())
     assert store.list("deleted/") == []
-    assert aged == []  # each would be a request
     assert red.request("DELETE", paths[0], headers=RETRY).status_code == 404
 
 
@@ -304,6 +320,17 @@ def test_jobs_at_a_time_are_limited_in_all_requests(red: Api, store: S3Store):
     markers = [item.key.rpartition("/")[2] for item in store.list(active_key("red"))]
     assert len(markers) == 3
     assert len(jobs_of(store, "red").get_many(markers)) == 3
+
+
+def test_ended_jobs_are_not_counted_before_the_scheduler_has_seen_their_end(red: Api, store: S3Store):
+    file = red.upload(rows())["id"]
+    ids = [red.create_job(file, seed=seed)["id"] for seed in range(3)]
+    body = {"model": "tiny", "training_file": file, "seed": 3}
+    assert red.request("POST", "/v1/fine_tuning/jobs", json=body).status_code == 429
+    red.post(f"/v1/fine_tuning/jobs/{ids[1]}/cancel")
+    assert red.post("/v1/fine_tuning/jobs", body)["status"] == "validating_files"
+    assert red.request("POST", "/v1/fine_tuning/jobs", json=body | {"seed": 4}).status_code == 429
+    assert len(store.list(active_key("red"))) == 4
 
 
 def test_resume_waits_for_the_limit_of_jobs(red: Api, store: S3Store):

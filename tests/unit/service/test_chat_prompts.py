@@ -31,6 +31,9 @@ TOOL = {
     "type": "function",
     "function": {"name": "weather", "description": "d", "parameters": {"type": "object"}},
 }
+# The escapes of half a character: no response in UTF-8 could contain it.
+SURROGATE = r'<c>{"name": "f", "arguments": {"city": "\ud83d"}}</c>'
+SURROGATE_TEXT = r'<c>{"name": "f", "arguments": "{\"city\": \"\ud83d\"}"}</c>'
 CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
 
 
@@ -153,8 +156,10 @@ def test_model_without_a_template_is_an_error(tokenizer: Any):
         ('{"city": "a"}', CallForm("", ""), '{"city": "a"}', []),
         ('<c>{"name": "f", "arguments": "{\\"city\\": \\"a\\"}"}</c> done', CallForm("<c>", "</c>"), "done", ["a"]),
         ('<c>{"name": "f"}</c>', CallForm("<c>", "</c>"), '<c>{"name": "f"}</c>', []),
+        (SURROGATE, CallForm("<c>", "</c>"), SURROGATE, []),
+        (SURROGATE_TEXT, CallForm("<c>", "</c>"), SURROGATE_TEXT, []),
     ],
-    ids=["list", "parameters", "not a call", "arguments as text", "no arguments"],
+    ids=["list", "parameters", "not a call", "arguments as text", "no arguments", "no Unicode", "no Unicode as text"],
 )  # fmt: skip
 def test_calls_are_split_from_content(text: str, form: CallForm, content: str, cities: list[str]):
     found, calls = split_calls(text, form)

@@ -2,6 +2,7 @@
 
 import io
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 from ray import serve
+from ray.exceptions import RpcError
 from ray.serve.config import HTTPOptions
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ServeStatus
 from rich.console import Console
@@ -74,7 +76,7 @@ def test_resources_that_ray_rejects_are_an_error(tmp_path: Path, monkeypatch: py
     run, _ = start(tmp_path, models=engine_with(object_store_memory=1))
     with pytest.raises(ServiceError, match="object_store_memory"):
         run._deploy()
-    assert not run._owns_application()
+    assert not run._ownership.is_mine()
 
 
 @pytest.mark.usefixtures("deployed")
@@ -97,7 +99,7 @@ def test_failed_start_removes_only_its_own_application(
     run, _ = start(tmp_path)
     with pytest.raises(ServiceError, match="no such model"):
         run._deploy()
-    assert run._owns_application() is not already_runs
+    assert run._ownership.is_mine() is not already_runs
 
 
 @pytest.mark.usefixtures("deployed")
@@ -116,7 +118,7 @@ def test_service_belongs_to_the_last_process_that_started_it(
         second._stop.set()
     with pytest.raises(ServiceError) if replacement == "fails" else nullcontext():
         second._deploy()
-    owners = {"first": first._owns_application(), "second": second._owns_application()}
+    owners = {"first": first._ownership.is_mine(), "second": second._ownership.is_mine()}
     assert owners == {"first": owner == "first", "second": owner == "second"}
 
 
@@ -135,7 +137,80 @@ def test_service_belongs_to_the_process_that_replaced_it_while_it_started(
 
     monkeypatch.setattr(serve, "status", status)
     first._deploy()
-    assert (first._owns_application(), second._owns_application()) == (False, True)
+    assert (first._ownership.is_mine(), second._ownership.is_mine()) == (False, True)
+
+
+@pytest.mark.usefixtures("deployed")
+@pytest.mark.parametrize("replacement", ["runs", "fails", "is interrupted"])
+def test_process_that_stops_passes_its_service_to_the_one_that_replaces_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replacement: str
+):
+    first, second = start(tmp_path)[0], start(tmp_path)[0]
+    end = FAILED if replacement == "fails" else RUNNING
+    statuses = iter([ServeStatus(), RUNNING, RUNNING, DEPLOYING, DEPLOYING, end])
+    asked = []
+
+    def status() -> ServeStatus:
+        asked.append(1)
+        if len(asked) == 5:
+            assert not first._ownership.leave()
+            if replacement == "is interrupted":
+                second._stop.set()
+        return next(statuses)
+
+    monkeypatch.setattr(serve, "status", status)
+    first._deploy()
+    with pytest.raises(ServiceError) if replacement == "fails" else nullcontext():
+        second._deploy()
+    assert second._ownership.leave()
+    assert not first._ownership.is_mine()
+
+
+@pytest.mark.usefixtures("deployed")
+@pytest.mark.parametrize("replacement", ["was killed", "has stopped", "stops at the same moment"])
+def test_service_is_not_passed_to_a_process_that_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replacement: str
+):
+    first, second = start(tmp_path)[0]._ownership, start(tmp_path)[0]._ownership
+    first.take()
+    second.claim()
+    if replacement == "was killed":
+        later = time.time() + 121
+        monkeypatch.setattr("service.ownership.time", SimpleNamespace(time=lambda: later))
+    elif replacement == "has stopped":
+        assert not second.leave()
+    else:
+        store = ray_internals.set_cluster_value
+
+        def stop_second(name: str, value: str) -> None:
+            monkeypatch.setattr(ray_internals, "set_cluster_value", store)
+            assert not second.leave()
+            store(name, value)
+
+        monkeypatch.setattr(ray_internals, "set_cluster_value", stop_second)
+    assert first.leave()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.usefixtures("deployed")
+def test_process_exits_once_another_has_replaced_its_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("service.commands._OWNER_SECONDS", 0.01)
+    (first, printed), (second, _) = start(tmp_path), start(tmp_path)
+    first._ownership.take()
+    value, asked = ray_internals.cluster_value, []
+
+    def restarting_head(name: str) -> str | None:
+        asked.append(1)
+        if len(asked) == 2:
+            raise RpcError("the GCS does not answer")
+        if len(asked) == 4:
+            second._ownership.take()
+        return value(name)
+
+    monkeypatch.setattr(ray_internals, "cluster_value", restarting_head)
+    first._wait_for_end()
+    assert len(asked) == 4
+    assert "another process has replaced the service" in printed.getvalue()
 
 
 @pytest.mark.usefixtures("deployed")
@@ -147,7 +222,7 @@ def test_update_that_is_interrupted_before_the_service_answers_owns_nothing(
         update, _ = start(tmp_path, port, cluster="ray://head:10001")
         threading.Timer(0.5, update._stop.set).start()
         update._deploy()
-    assert not update._owns_application()
+    assert not update._ownership.is_mine()
 
 
 @pytest.mark.parametrize(

@@ -145,3 +145,12 @@ def test_context_of_vllm_ends_where_rope_changes(has_fixed_rope: bool, context: 
     assert base_checkpoint(settings).format.context == context
     checkpoint = store_full(tmp_path / "runs", "run", model)
     assert read_checkpoint(checkpoint, settings, {}).format.context == context
+
+
+def test_line_separators_in_a_text_do_not_split_an_event(chat_format: ChatFormat):
+    tokens = chat_format.tokenizer.encode("4 apples", add_special_tokens=False)
+    choice = {"index": 0, "token_ids": tokens, "text": "4\u2028apples\x85", "finish_reason": "stop"}
+    written = json.dumps({"choices": [choice]}, ensure_ascii=False)
+    answer = httpx.Response(200, text=f"data: {written}\n\ndata: [DONE]\n\n")
+    _, events = generate(chat_format, answer)
+    assert texts(events, 1) == ["4 apples"]
