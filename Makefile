@@ -101,7 +101,8 @@ test-cookbooks: setup-dev  ## run every cookbook that needs no GPU, with a tiny 
 	ALL_COOKBOOKS=1 $(BIN)/python -m pytest tests/integration/training/launch/test_cookbooks.py
 
 test-nodes: setup-dev  ## remove nodes from a cluster and add them back during a run, and kill the daemons of a head; `make test-all` runs a sample (20 minutes)
-	ALL_NODES=1 $(BIN)/python -m pytest tests/integration/training/launch/test_two_nodes.py tests/integration/training/launch/test_clusters.py
+	ALL_NODES=1 $(BIN)/python -m pytest tests/integration/training/launch/test_two_nodes.py tests/integration/training/launch/test_clusters.py \
+		tests/integration/training/launch/test_lost_cluster.py tests/integration/training/launch/test_head_start.py
 
 test-submit: setup-dev setup-cluster  ## submit runs to a job server, and follow, stop and resume them (installs packages that slow the start of every Ray cluster)
 	$(BIN)/python -m pytest tests/integration/training/launch/test_submission.py tests/integration/training/launch/test_clusters.py

@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from configs.schema import FinetuneConfig
+from tests.support.grids import only_in_test_nodes
 from tests.support.jobs import error_of, run_main, started, tiny_settings, write_yaml
 from tests.support.messages import assert_names
 from tests.support.tiny_model import make_model_and_data
@@ -51,7 +52,7 @@ def test_ray_that_cannot_start_is_an_error_with_the_directory_of_its_files(tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("process", ["gcs_server", "raylet"])
+@pytest.mark.parametrize("process", [pytest.param("gcs_server", marks=only_in_test_nodes), "raylet"])
 def test_signal_while_ray_starts_leaves_no_session_directory(process: str, tmp_path: Path):
     files = make_model_and_data(tmp_path / "files")
     config = write_yaml(tmp_path / "run.yaml", tiny_settings(files) | {"num_devices": 1})

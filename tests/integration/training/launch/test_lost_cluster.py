@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from tests.support.faults import small_shard_variables
+from tests.support.grids import only_in_test_nodes
 from tests.support.jobs import PROJECT, Job, environment, started, tiny_settings, write_yaml
 from tests.support.messages import assert_names
 from tests.support.own_buckets import set_up_own_bucket
@@ -65,7 +66,11 @@ def test_cluster_of_this_machine_that_is_lost_while_the_run_is_planned(
 
 @pytest.mark.parametrize(
     ("started_last", "killed"),
-    [("gcs_server", "gcs_server"), ("raylet", "gcs_server"), ("raylet", "raylet")],
+    [
+        pytest.param("gcs_server", "gcs_server", marks=only_in_test_nodes),
+        ("raylet", "gcs_server"),
+        pytest.param("raylet", "raylet", marks=only_in_test_nodes),
+    ],
     ids=["GCS at its start", "GCS while the raylet starts", "raylet at its start"],
 )
 def test_cluster_of_this_machine_that_is_lost_while_it_starts(
