@@ -316,7 +316,7 @@ def test_rerun_export_changes_nothing_and_a_different_one_is_an_error(
     assert f"{to}/tokenizer.json: " in error_of(run_command("export", run, "--to", str(to)))
 
 
-@pytest.mark.parametrize("merge", ["--dtype=bf16", "--no-merge"])
+@pytest.mark.parametrize("merge", ["--dtype=bf16", pytest.param("--no-merge", marks=pytest.mark.slow)])
 def test_unverified_export_is_verified_in_place(
     run_command: RunCommand, run: str, tmp_path: Path, merge: str
 ):
