@@ -112,9 +112,8 @@ class Progress:
             etag = self._store.stat(key).etag
         except NotFoundError:
             return {}
-        with self._reading[
-            hash(key) % _LOCKS
-        ]:  # clients that poll a job wait for one of them to read its metrics
+        # Clients that poll a job wait for one of them to read its metrics.
+        with self._reading[hash(key) % _LOCKS]:
             known = self._known.get(key)
             if known is None or (known[0] != etag and known is before):
                 found = self._store.read_version(key)

@@ -3,12 +3,11 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 
 from training.data.chat_template import QUESTION
 from training.data.errors import DataError, RowError
 from training.data.records import Chat, Message
-from training.data.renderer import Renderer
+from training.data.renderer import Renderer, same_before
 from training.data.template_forms import split_thought
 from training.data.template_traits import ANSWER, PROBED_TOOL, THOUGHT
 
@@ -116,9 +115,9 @@ def _around_reasoning(renderer: Renderer) -> tuple[str, str, str] | None:
         if plain is None or reasoned is None:
             return None
         after = reasoned[1].partition(THOUGHT)[2]
-        ends = zip(reversed(after), reversed(plain[1]), strict=False)  # the call is the same in both
-        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], ends))
-        closing = after[: len(after) - same]
+        closing = after[
+            : len(after) - same_before(plain[1], after, len(after))
+        ]  # both end with the same call
     before = reasoned[1].partition(THOUGHT)[0].strip()
     return before or reasoned[0].rpartition(QUESTION)[2].strip(), before, closing.strip()
 

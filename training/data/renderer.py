@@ -794,14 +794,14 @@ def _place_after(before: str, header: str, text: str) -> int:
     """
     best, place, found = -1, text.find(header), -1
     while place >= 0:
-        alike = _same_before(before, text, place)
+        alike = same_before(before, text, place)
         if alike >= best:
             best, found = alike, place
         place = text.find(header, place + 1)
     return found
 
 
-def _same_before(before: str, text: str, place: int) -> int:
+def same_before(before: str, text: str, place: int) -> int:
     """Return how many characters before a place in a text equal the last ones of another text. Comparing them one by one takes seconds."""
     longest = min(len(before), place)
 

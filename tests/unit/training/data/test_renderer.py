@@ -483,4 +483,4 @@ def test_the_texts_before_two_places_are_compared_to_their_first_difference(
 ):
     ends = zip(reversed(before), reversed(text[:place]), strict=False)
     same = [mine == theirs for mine, theirs in ends]
-    assert rendering._same_before(before, text, min(place, len(text))) == [*same, False].index(False)
+    assert rendering.same_before(before, text, min(place, len(text))) == [*same, False].index(False)
