@@ -345,6 +345,7 @@ def _script(directory: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_budget_that_is_too_small_is_named(tmp_path: Path):
     call = _script(tmp_path, "--part", "losses", "--budget", "0.0001")
     _, errors = call.communicate()
@@ -354,6 +355,7 @@ def test_budget_that_is_too_small_is_named(tmp_path: Path):
     assert errors.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_stopped_call_leaves_no_process(number: int, tmp_path: Path):
     call = _script(tmp_path, "--part", "full")

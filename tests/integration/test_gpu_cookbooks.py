@@ -69,6 +69,7 @@ def test_every_architecture_has_a_cookbook():
     assert {load_config(path).config.model_id for path in COOKBOOKS} == set(ARCHITECTURES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", COOKBOOKS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_cookbook_fits_the_accelerator_that_it_requests(path: Path, models: Models, tmp_path: Path):
     config = load_config(path).config

@@ -28,6 +28,7 @@ def run_entrypoint(python: Path, *arguments: str) -> subprocess.CompletedProcess
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [name for name in build_parser()[1] if name != "train"])
 def test_entrypoint_passes_commands_of_main_to_main(command: str):
     done = run_entrypoint(Path(sys.executable), command, "--help")

@@ -195,7 +195,16 @@ def test_invalid_aws_variable_raises_an_error_with_its_name(
     assert_names(message, *facts)
 
 
-@pytest.mark.parametrize("key", ["train_path", "model_id", "storage_path", "resume_from_checkpoint"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "train_path",
+        *(
+            pytest.param(key, marks=pytest.mark.slow)
+            for key in ("model_id", "storage_path", "resume_from_checkpoint")
+        ),
+    ],
+)
 def test_unreachable_endpoint_raises_an_error_within_20_seconds(
     rejected: Rejected, own_bucket: dict[str, str], key: str
 ):
@@ -937,6 +946,7 @@ def test_unknown_option_raises_an_error_with_the_nearest_option(tiny_model: Path
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_data_error_is_reported_before_a_cluster_starts(tiny_model: Path, tmp_path: Path):
     config = config_file(tmp_path, tiny_model, valid_path=write_rows(tmp_path, [USER]))
     finished = run_main(config, "--json")

@@ -58,7 +58,7 @@ REMOTE_COMMANDS = [
 ]
 
 
-@pytest.fixture(params=["s3", "local"])
+@pytest.fixture(params=[pytest.param("s3", marks=pytest.mark.slow), "local"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     """Return an empty storage for runs: in a bucket, then in a local directory."""
     return open_store(
@@ -277,6 +277,7 @@ def test_run_names_resolve_in_the_default_storage_path(run_command: RunCommand, 
     assert [run["run_uri"] for run in listed] == [uri]
 
 
+@pytest.mark.slow
 def test_closed_pipe_ends_the_output_without_an_error(tmp_path: Path):
     write_run(open_store(str(tmp_path / "runs")), "a", eval_losses(2.0), result=None)
     config = write_yaml(tmp_path / "a.yaml", {"model_id": "a", "train_path": "b.jsonl"})
@@ -321,6 +322,7 @@ def test_compare_reports_differing_keys_and_best_losses(
     assert picture.read_bytes() not in (b"", both), "the picture has a curve per evaluated run"
 
 
+@pytest.mark.slow
 def test_compare_warns_about_runs_evaluated_on_different_rows(run_command: RunCommand, tmp_path: Path):
     storage = open_store(str(tmp_path / "runs"))
     first = {"valid_path": "a.jsonl", "lora_config": {"r": 8}}
@@ -591,6 +593,7 @@ def test_run_that_other_runs_need_is_not_removed(tmp_path: Path):
     assert check_removable(find_run(storage.uri_of("nam"))) == []
 
 
+@pytest.mark.slow
 def test_check_before_a_removal_reads_the_other_runs_in_parallel_with_one_client(
     bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch
 ):

@@ -191,6 +191,7 @@ def test_second_commit_of_a_step_is_an_error(run_uri: str, tmp_path: Path):
     assert store.read(checkpoint_key(1, MANIFEST_FILE)) == manifest
 
 
+@pytest.mark.slow
 def test_every_writer_reports_a_full_disk(tmp_path: Path):
     """Python, safetensors and torch each raise a different error for a full disk; other errors are passed on unchanged."""
     require_small_disks(tmp_path)

@@ -96,6 +96,7 @@ def test_lease_of_a_killed_driver_is_taken_over_and_becomes_invalid(run_uri: str
         check_lease(store, expired)
 
 
+@pytest.mark.slow
 def test_remote_owner_that_renews_its_lease_is_alive(run_uri: str):
     store = open_store(run_uri)
     lease = write_remote_lease(store)
@@ -115,6 +116,7 @@ def test_remote_owner_that_renews_its_lease_is_alive(run_uri: str):
         renewing.join()
 
 
+@pytest.mark.slow
 def test_lease_that_a_remote_owner_does_not_renew_expires(run_uri: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(lease_module, "LEASE_EXPIRES_SECONDS", 3.0)
     store = open_store(run_uri)

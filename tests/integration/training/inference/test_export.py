@@ -114,6 +114,7 @@ def test_merged_model_equals_the_adapter_on_its_base(
     assert (exported.kind, exported.dtype, exported.uri) == ("merged", "fp32", str(to))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", [True, False], ids=["merged", "adapter"])
 def test_further_chat_templates_reach_checkpoint_and_export(
     run_command: RunCommand,
@@ -180,6 +181,7 @@ def test_export_contains_everything_that_a_server_needs(run_command: RunCommand,
         assert text in card.text, text
 
 
+@pytest.mark.slow
 def test_generation_config_contains_all_end_of_turn_tokens(
     run_command: RunCommand, storage: Store, tiny_model: Path, tmp_path: Path, scratch: dict[str, str]
 ):
@@ -198,6 +200,7 @@ def test_generation_config_contains_all_end_of_turn_tokens(
     assert sorted(GenerationConfig.from_pretrained(exported.uri).eos_token_id) == sorted(stops)
 
 
+@pytest.mark.slow
 def test_full_parameter_model_is_cast_to_the_requested_dtype(
     run_command: RunCommand, storage: Store, tiny_model: Path, scratch: dict[str, str]
 ):
@@ -239,6 +242,7 @@ def test_card_of_an_adapter_has_the_command_that_serves_what_was_trained(
     assert GenerationConfig.from_pretrained(exported.uri).eos_token_id == tokenizer.eos_token_id
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", ["--dtype=fp32", "--no-merge"])
 def test_longest_sequence_with_the_ordinary_rope_is_reported_for_servers(
     run_command: RunCommand, storage: Store, tmp_path: Path, scratch: dict[str, str], merge: str
@@ -271,6 +275,7 @@ def test_merge_needs_memory_for_one_copy_of_the_model(
     assert size * 0.9 < memory.peak < size * 1.5
 
 
+@pytest.mark.slow
 def test_4_bit_adapter_is_merged_into_16_bit_weights_and_the_card_says_why(
     run_command: RunCommand, storage: Store, tiny_model: Path, scratch: dict[str, str]
 ):
@@ -287,6 +292,7 @@ def test_4_bit_adapter_is_merged_into_16_bit_weights_and_the_card_says_why(
 # --- Complete or not visible ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_config_json_and_the_manifest_are_written_last(
     run_command: RunCommand, bucket: EmbeddedBucket, run: str, monkeypatch: pytest.MonkeyPatch
 ):
@@ -316,7 +322,8 @@ def test_rerun_export_changes_nothing_and_a_different_one_is_an_error(
     assert f"{to}/tokenizer.json: " in error_of(run_command("export", run, "--to", str(to)))
 
 
-@pytest.mark.parametrize("merge", ["--dtype=bf16", pytest.param("--no-merge", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("merge", ["--dtype=bf16", "--no-merge"])
 def test_unverified_export_is_verified_in_place(
     run_command: RunCommand, run: str, tmp_path: Path, merge: str
 ):
@@ -336,6 +343,7 @@ def test_unverified_export_is_verified_in_place(
     assert f"{to}/README.md: " in error_of(run_command(*command, "--verify"))
 
 
+@pytest.mark.slow
 def test_wrong_export_is_not_verified_in_place(run_command: RunCommand, run: str, tmp_path: Path):
     to = tmp_path / "wrong"
     exported = parse_export(run_command("export", run, "--to", str(to), "--no-verify", "--json"))
@@ -356,6 +364,7 @@ def test_wrong_export_is_not_verified_in_place(run_command: RunCommand, run: str
     assert (to / EXPORT_FILE).read_text() == content
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", ["--dtype=fp32", "--no-merge"])
 def test_sampling_settings_that_reach_a_server_are_reported(
     run_command: RunCommand,
@@ -423,6 +432,7 @@ def test_missing_gguf_converter_is_an_error(monkeypatch: pytest.MonkeyPatch):
     assert_names(str(caught.value), "make setup-gguf", GGUF_TOOL, "PATH")
 
 
+@pytest.mark.slow
 def test_failing_gguf_converter_is_an_error(run_command: RunCommand, run: str, tmp_path: Path):
     variables = install_converter(tmp_path, "echo 'Model TinyForCausalLM is not supported' >&2; exit 1")
     message = error_of(run_command("export", run, "--gguf", **variables))
@@ -433,6 +443,7 @@ def test_failing_gguf_converter_is_an_error(run_command: RunCommand, run: str, t
 # --- Errors: one message, exit code 2, nothing written -----------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_merge_into_weights_that_exist_only_in_4_bits_is_an_error(
     run_command: RunCommand, storage: Store, tiny_model: Path, tmp_path: Path, scratch: dict[str, str]
 ):

@@ -31,7 +31,7 @@ from utils.storage.embedded_bucket import EmbeddedBucket
 from utils.storage.retries import RetryPolicy
 from utils.storage.s3 import S3Store
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.slow]
 MB = 1024 * 1024
 BUCKET = "faults"
 SHORT_TIMEOUTS = RetryPolicy(silence=1, failing=20)
@@ -89,7 +89,7 @@ def is_complete(files: dict[str, bytes]) -> bool:
     return files == {"large": LARGE, "small-0": b"a" * 1000, "small-1": b"b" * 1000}
 
 
-@pytest.mark.parametrize("status", [500, pytest.param(503, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("status", [500, 503])
 def test_errors_on_half_of_all_requests_are_retried(
     uri: str, start_proxy: StartProxy, tmp_path: Path, status: int
 ):

@@ -225,6 +225,7 @@ def test_damaged_cached_copy_is_downloaded_again(bucket_uri: str, tmp_path: Path
         assert files_below(sync_to_node(bucket_uri, tmp_path)) == {"weights": b"12345"}
 
 
+@pytest.mark.slow
 def test_four_processes_download_each_object_once(own_bucket: str, proxy: BucketProxy, tmp_path: Path):
     store = open_store(f"{own_bucket}/once")
     for number in range(3):
@@ -323,6 +324,7 @@ def test_full_disk_of_a_local_store_raises_an_error_and_stores_no_object(tmp_pat
     assert output.endswith("['before']\n")
 
 
+@pytest.mark.slow
 def test_object_that_changes_during_the_download_raises_an_error(bucket_uri: str, tmp_path: Path):
     store = open_store(bucket_uri)
     store.write("weights", os.urandom(9 * MB))

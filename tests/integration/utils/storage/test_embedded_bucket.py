@@ -124,6 +124,7 @@ def test_server_stops_after_its_user_is_killed(state_dir: Path):
     assert not (state_dir / "server.json").exists()
 
 
+@pytest.mark.slow
 def test_killed_watcher_stops_the_server_and_the_next_user_starts_another(state_dir: Path):
     with started_user(state_dir) as first:
         read_endpoint(first)
@@ -135,6 +136,7 @@ def test_killed_watcher_stops_the_server_and_the_next_user_starts_another(state_
             assert open_store("s3://anneal/x").list() == []
 
 
+@pytest.mark.slow
 def test_killed_server_is_replaced(state_dir: Path):
     with embedded_bucket(state_dir):
         weed, watcher = pids(state_dir)
