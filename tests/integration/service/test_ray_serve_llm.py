@@ -5,9 +5,6 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from ray.llm._internal.common.utils.lora_utils import get_lora_model_ids
-from ray.llm._internal.serve.core.configs.llm_config import LLMConfig
-from ray.llm._internal.serve.utils.lora_serve_utils import LoraModelLoader
 from safetensors.torch import load_file
 
 from runs.layout import checkpoint_uri
@@ -33,6 +30,11 @@ def test_ray_serve_llm_lists_and_loads_an_exported_adapter(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
+    # Seconds, which every collection of tests would take at the top of the file.
+    from ray.llm._internal.common.utils.lora_utils import get_lora_model_ids
+    from ray.llm._internal.serve.core.configs.llm_config import LLMConfig
+    from ray.llm._internal.serve.utils.lora_serve_utils import LoraModelLoader
+
     storage, loras = open_store(str(tmp_path / "runs")), f"{bucket_uri}/loras"
     for name in ("first", "second"):
         run = store_adapter_run(storage, name, tiny_model, {"r": 4}, output_dir=str(tmp_path / "scratch"))
