@@ -24,7 +24,8 @@ from cookbooks.quickstart.word_problems import TRAIN_KINDS, write_problems
 from runs.layout import RESULT_FILE
 from runs.reading import best, committed
 from service.layout import run_store
-from tests.support.served import OPENAI, Served, free_port, served
+from tests.support.ports import free_port
+from tests.support.served import OPENAI, Served, served
 from tests.support.service import write_service
 from utils.storage.bucket import EMBEDDED_BUCKET
 from utils.storage.s3 import S3Store

@@ -27,8 +27,9 @@ from service.config import load_service
 from service.keys import create_key
 from tests.support.grids import only_in_test_service
 from tests.support.jobs import PROJECT, environment, error_of, run_main
+from tests.support.ports import free_port
 from tests.support.ray_cluster import RayCluster, ray_cluster
-from tests.support.served import OPENAI, PREFERENCE_CLIENT, Served, free_port, run_client, served
+from tests.support.served import OPENAI, PREFERENCE_CLIENT, Served, run_client, served
 from tests.support.service import Api, write_service
 from tests.support.shown_commands import service_commands
 from tests.support.wandb_files import history_of, wandb_records

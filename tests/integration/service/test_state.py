@@ -23,7 +23,7 @@ from service.records import Record
 from service.scheduler import Scheduler
 from tests.support.bucket_proxy import Fault, bucket_proxy
 from tests.support.own_buckets import set_up_own_bucket
-from tests.support.served import free_port
+from tests.support.ports import free_port
 from tests.support.service import Api, rows, running_api, write_service
 from utils.storage.bucket import BucketError
 from utils.storage.embedded_bucket import EmbeddedBucket
