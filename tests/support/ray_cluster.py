@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.jobs import environment
+from tests.support.jobs import descendants, environment
 from tests.support.namespaces import NetworkNamespace
 from tests.support.ports import free_ports
 
@@ -260,9 +260,7 @@ def _kill(raylet: subprocess.Popen[bytes]) -> None:
 
 def _process_of(node: subprocess.Popen[bytes], name: str) -> psutil.Process:
     """Return the process of a node that has this name."""
-    (process,) = [
-        child for child in psutil.Process(node.pid).children(recursive=True) if child.name() == name
-    ]
+    (process,) = descendants(node.pid, name)
     return process
 
 

@@ -42,7 +42,8 @@ from tests.support.iam import is_allowed, needed
 from tests.support.jobs import (
     PROJECT,
     CompletedCommand,
-    Job,
+    command_line,
+    descendants,
     environment,
     read_metrics,
     run_main,
@@ -82,9 +83,9 @@ def settings(files: Path, **more: Any) -> dict[str, Any]:
 
 def run_export_command(page: str, directory: Path) -> None:
     """Run the command in a report page that exports the best checkpoint, in fp32."""
-    (command_line,) = re.findall(r"<pre>\S+ (main\.py export .*) --to exported$", unescape(page), re.M)
+    (exporting,) = re.findall(r"<pre>\S+ (main\.py export .*) --to exported$", unescape(page), re.M)
     done = subprocess.run(
-        [sys.executable, *shlex.split(command_line), "--to", str(directory), "--dtype", "fp32"],
+        [sys.executable, *shlex.split(exporting), "--to", str(directory), "--dtype", "fp32"],
         cwd=PROJECT,
         env=environment(),
         capture_output=True,
@@ -249,7 +250,8 @@ def observed(
                 proxy.faults += [
                     Fault("reject", method, share=0.5) for method in ("GET", "HEAD", "PUT", "POST", "DELETE")
                 ]
-                command_lines = "\n".join(_command_lines(job))
+                processes = psutil.Process(job.process.pid).children(recursive=True)
+                command_lines = "\n".join(map(command_line, processes))
                 release(ledger)
                 job.wait_for_line("step 1/")
                 written = _files_below(Path(ray_directory))  # a completed run removes them
@@ -272,13 +274,6 @@ def test_training_continues_when_half_of_all_storage_requests_fail(observed: Obs
     assert sum(request.status == 503 for request in observed.requests) > 10
     assert observed.finished.result["train_steps"] == 3
     assert reading.survey(open_store(observed.finished.result["run_uri"]))[1] == []
-
-
-def _command_lines(job: Job) -> Iterator[str]:
-    """Yield the command lines of all descendants of a job."""
-    for process in psutil.Process(job.process.pid).children(recursive=True):
-        with suppress(psutil.NoSuchProcess):  # it has just exited
-            yield " ".join(process.cmdline())
 
 
 def _files_below(directory: Path) -> dict[str, bytes]:
@@ -518,11 +513,7 @@ def test_lost_cluster_is_reported_and_a_rerun_would_resume(process: str, files: 
         (listed,) = (run for run in list_runs(str(files / "runs")) if run.run_name == name)
         assert listed.status == "running"
         assert 50 < listed.steps <= 75
-        (victim,) = [
-            child
-            for child in psutil.Process(job.process.pid).children(recursive=True)
-            if child.name() == process
-        ]
+        (victim,) = descendants(job.process.pid, process)
         victim.kill()
         killed = time.monotonic()
         finished = job.end()
