@@ -272,7 +272,7 @@ def test_commits_and_preemption_checks_do_not_deadlock(
         valid_path=None,
         checkpoint_and_evaluation_frequency={"unit": "steps", "frequency": 1},
     )
-    finished = run_main(yaml, "--json", timeout=200, variables=shared_cluster.variables)
+    finished = run_main(yaml, "--json", variables=shared_cluster.variables)
     assert finished.exit_code == 0, finished.errors
     assert finished.result["train_steps"] == 40
 

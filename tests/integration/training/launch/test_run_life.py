@@ -698,7 +698,7 @@ ray.shutdown()
 print(threads, fit.error)
 """
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=100, cwd=PROJECT
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300, cwd=PROJECT
     )
     assert (done.returncode, done.stdout) == (0, "[] None\n"), done.stderr
 
