@@ -225,7 +225,7 @@ def test_contestant_is_stopped_at_its_time_limit_with_its_daemons(tmp_path: Path
     daemon = "import subprocess as s; daemon = s.Popen(['sleep', '60'], start_new_session=True)"
     script = f"{daemon}; print('daemon', daemon.pid, flush=True); daemon.wait()"
     with pytest.raises(ContestantFailedError, match=r"(?s)time limit.*\ndaemon \d+$") as raised:
-        _run([sys.executable, "-c", script], tmp_path / "log", 4)
+        _run([sys.executable, "-c", script], tmp_path / "log", 10)
     assert not _is_alive(int(str(raised.value).split()[-1]))
 
 

@@ -184,8 +184,8 @@ def _run_shown(shown: tuple[str, ...], trained: Trained) -> None:
 
 
 def _remaining_processes(directory: Path) -> list[str]:
-    """Return the command lines that contain the directory; the processes get 10 seconds to exit."""
-    for _ in range(50):
+    """Return the command lines that contain the directory; the processes get a minute to exit."""
+    for _ in range(300):
         lines = []
         for process in psutil.process_iter():
             try:

@@ -968,7 +968,7 @@ def test_unreachable_cluster_raises_an_error_before_anything_is_read(
 ):
     config = config_file(tmp_path, tiny_model)
     cluster = {"RAY_ADDRESS": f"127.0.0.1:{port}"}
-    finished = run_main(config, "--json", "device=cpu", *options, variables=cluster, timeout=60)
+    finished = run_main(config, "--json", "device=cpu", *options, variables=cluster)
     assert finished.exit_code == 2
     (line,) = finished.errors.splitlines()
     assert_names(line, "error: RAY_ADDRESS: ", *facts)

@@ -59,7 +59,7 @@ class Fault:
     - reject: the proxy responds with `status` and `code`.
     - lose: the server executes the request, and the proxy drops the response.
     - reset, truncate: the proxy resets or closes the connection at byte `at` of the body, by default in its middle.
-    - stall: the proxy sends nothing for `seconds` at that byte, then closes the connection.
+    - stall: the proxy sends nothing for `seconds` at that byte, or until `released` is set, then closes the connection.
     - flip: the proxy inverts one bit of that byte.
     - swap: the proxy sends `content` as the body.
 
@@ -78,6 +78,7 @@ class Fault:
     code: str = "SlowDown"
     content: bytes = b""
     times_injected: int = 0
+    released: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass(frozen=True)
@@ -198,8 +199,10 @@ class BucketProxy:
         if self._latency_seconds:
             time.sleep(self._latency_seconds)
 
-    def stall(self, seconds: float) -> None:
-        self._closed.wait(seconds)
+    def stall(self, fault: Fault) -> None:
+        until = time.monotonic() + fault.seconds
+        while time.monotonic() < until and not fault.released.is_set() and not self._closed.is_set():
+            time.sleep(0.05)
 
     def trap_for(self, request: Request) -> Trap | None:
         trap = self._trap
@@ -312,7 +315,7 @@ class _Exchange:
             self._copy(source, sink, length - at - 1, request)
             return
         if fault.kind == "stall":
-            self._proxy.stall(fault.seconds)
+            self._proxy.stall(fault)
         if fault.kind == "reset":
             self._client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         raise ConnectionAbortedError

@@ -27,6 +27,11 @@ def injection(ledger: Path, *, hold: str = "", skip_restore: str = "") -> dict[s
     }
 
 
+def release(ledger: Path) -> None:
+    """Let workers that `injection` holds continue, and hold no later attempt."""
+    (ledger / "RELEASED").touch()
+
+
 @dataclass(frozen=True, order=True)
 class ConsumedRow:
     """A row or pack that a worker consumed in an optimizer step."""

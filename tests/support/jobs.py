@@ -160,7 +160,7 @@ class Job:
     def workers(self) -> list[psutil.Process]:
         """Return the Ray Train workers if main.py started the cluster itself."""
         children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in children if "RayTrainWorker" in _command_line(child)]
+        return [child for child in children if "RayTrainWorker" in command_line(child)]
 
     def end(self) -> CompletedCommand:
         """Wait until main.py exits and return its exit code and output."""
@@ -187,7 +187,18 @@ class Job:
                 time.sleep(_POLL_SECONDS)
 
 
-def _command_line(process: psutil.Process) -> str:
+def descendants(process: int, name: str) -> list[psutil.Process]:
+    """Return the descendants of a process that have this name."""
+    found = []
+    for child in psutil.Process(process).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it has just exited
+            if child.name() == name:
+                found.append(child)
+    return found
+
+
+def command_line(process: psutil.Process) -> str:
+    """Return the command line of a process; "" if it has exited."""
     try:
         return " ".join(process.cmdline())
     except psutil.NoSuchProcess:  # it has just exited

@@ -10,15 +10,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.support.jobs import environment
+from tests.support.jobs import descendants, environment
 from tests.support.namespaces import NetworkNamespace
+from tests.support.ports import free_ports
 
 needs_ray_default = pytest.mark.skipif(
     find_spec("opencensus") is None, reason="needs ray[default]: `make test-submit`"
@@ -77,7 +78,7 @@ class RayCluster:
         self._host = host
         self._raylets: list[subprocess.Popen[bytes]] = []
         self._raylet_by_id: dict[str, subprocess.Popen[bytes]] = {}
-        self.port, self._job_server_port, self._agent_port, self._metrics_port = _free_ports(4)
+        self.port, self._job_server_port, self._agent_port, self._metrics_port = free_ports(4)
         self._token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
     @property
@@ -259,23 +260,13 @@ def _kill(raylet: subprocess.Popen[bytes]) -> None:
 
 def _process_of(node: subprocess.Popen[bytes], name: str) -> psutil.Process:
     """Return the process of a node that has this name."""
-    (process,) = [
-        child for child in psutil.Process(node.pid).children(recursive=True) if child.name() == name
-    ]
+    (process,) = descendants(node.pid, name)
     return process
 
 
 def _is_listening(host: str, port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex((host, port)) == 0
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for bound in sockets:
-            bound.bind(("127.0.0.1", 0))
-        return [bound.getsockname()[1] for bound in sockets]
 
 
 def _wait_until(condition: Callable[[], bool], description: str) -> None:

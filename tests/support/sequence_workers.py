@@ -59,7 +59,7 @@ def run_workers(
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(300)
     assert [process.exitcode for process in processes] == [0] * workers
     return Outcome(**torch.load(directory / f"{name}.pt"))
 
@@ -77,7 +77,7 @@ def _work(
 ) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{path}", rank=rank, world_size=workers, timeout=timedelta(minutes=1)
+        "gloo", init_method=f"file://{path}", rank=rank, world_size=workers, timeout=timedelta(minutes=5)
     )
     if change is not None:
         change()

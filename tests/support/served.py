@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from typing import Any
 import psutil
 
 from tests.support.jobs import PROJECT, environment
+from tests.support.ports import free_port
 
 OPENAI = PROJECT / ".venv" / "openai"
 CLIENT = PROJECT / "tests" / "support" / "openai_client.py"
@@ -50,13 +50,6 @@ class Served:
                     each.kill()
             self.process.wait()
             psutil.wait_procs(processes, timeout=30)
-
-
-def free_port() -> int:
-    """Return a port that no process listens on."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 @contextmanager

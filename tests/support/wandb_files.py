@@ -11,7 +11,7 @@ _FULL, _LAST = 1, 4
 
 def wandb_records(path: Path) -> list[Any]:
     """Return the records of an offline W&B run. W&B's service may still be writing the file after the run has finished."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     records = read_wandb_file(path)
     while not any(record.WhichOneof("record_type") == "exit" for record in records):
         assert time.monotonic() < deadline, f"no exit record in {path}: {records}"

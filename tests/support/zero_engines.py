@@ -171,7 +171,7 @@ def _work(rank: int, directory: Path, job: Job, store: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job.workers)}
     torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=job.workers, timeout=timedelta(minutes=1)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=job.workers, timeout=timedelta(minutes=5)
     )
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     world = World(rank, rank, job.workers, job.workers, 0)

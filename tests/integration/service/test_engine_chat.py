@@ -5,13 +5,15 @@ import json
 import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+import service.chat
 from service.engine import Accepted, ChatRequest, Delta, Event, Failed
 from tests.support.engines import (
     BASE,
@@ -23,6 +25,7 @@ from tests.support.engines import (
     store_adapter,
 )
 from tests.support.served import OPENAI, run_client
+from tests.support.waiting import wait_until
 
 QUESTION = "Ada has 3 apples and buys 4. How many?"
 PATH = "/v1/chat/completions"
@@ -64,6 +67,14 @@ def stream(client: httpx.Client, *arguments: Any, **parameters: Any) -> list[dic
     assert all(event.startswith("data: ") for event in events)
     assert events.pop() == "data: [DONE]"
     return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+def begin(client: httpx.Client, content: bytes, sent: int | None = None) -> socket.socket:
+    """Send a request, of its body only so many bytes, and do not wait for the answer."""
+    connection = socket.create_connection((client.base_url.host, client.base_url.port or 80), timeout=60)
+    head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(content)}\r\n\r\n"
+    connection.sendall(head.encode() + content[:sent])
+    return connection
 
 
 def text_of(chunks: list[dict[str, Any]], index: int = 0) -> str:
@@ -162,17 +173,22 @@ def test_parameters_without_effect_are_accepted(client: httpx.Client):
     assert ask(client, **neutral)["choices"] == ask(client)["choices"]
 
 
-def test_disconnected_client_frees_its_slot(client: httpx.Client, handle: LocalHandle):
-    before = handle.cancelled
+def test_disconnected_client_frees_its_slot(
+    client: httpx.Client, handle: LocalHandle, monkeypatch: pytest.MonkeyPatch
+):
+    engine: Any = handle.engine
+    batch, before = engine._shared.batch, handle.cancelled
+    step = batch.step
+
+    def slow_step() -> None:
+        time.sleep(0.4)  # so that the complete answer takes three minutes
+        step()
+
+    monkeypatch.setattr(batch, "step", slow_step)
     with client.stream("POST", PATH, json=body(max_tokens=450, stream=True)) as response:
         next(response.iter_lines())
-    deadline = time.monotonic() + 20
-    while handle.engine._shared.batch.rows and time.monotonic() < deadline:  # type: ignore[attr-defined]
-        time.sleep(0.02)
-    assert handle.engine._shared.batch.rows == []  # type: ignore[attr-defined]
-    while handle.cancelled == before and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert handle.cancelled == before + 1
+    wait_until(lambda: batch.rows == [])
+    wait_until(lambda: handle.cancelled == before + 1)
 
 
 def test_eight_streams_at_once_keep_their_own_answers(client: httpx.Client):
@@ -192,22 +208,28 @@ def test_eight_streams_at_once_keep_their_own_answers(client: httpx.Client):
     assert [each["choices"] for each in answers] == [each["choices"] for each in alone]
 
 
-def test_large_bodies_wait_for_each_other(client: httpx.Client):
+def test_large_bodies_wait_for_each_other(client: httpx.Client, monkeypatch: pytest.MonkeyPatch):
     large = json.dumps(body(messages=[{"role": "nobody", "content": "a " * 700_000}])).encode()
-    begun = [socket.create_connection((client.base_url.host, client.base_url.port or 80)) for _ in range(8)]
-    try:
-        for connection in begun:
-            head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(large)}\r\n\r\n"
-            connection.sendall(head.encode() + large[:-1])
-        with pytest.raises(httpx.TimeoutException):
-            for _ in range(20):  # the first may come before the eight have been read
-                client.post(PATH, content=large, timeout=1)
+    read_body, known, admitted = service.chat.read_body, list[int](), list[int]()
+
+    async def recorded(request: Any, most: int, on_large: Callable[[], Any]) -> bytearray:
+        async def on_known() -> None:
+            known.append(1)
+            await on_large()
+            admitted.append(1)
+
+        return await read_body(request, most, on_large=on_known)
+
+    monkeypatch.setattr(service.chat, "read_body", recorded)
+    with ExitStack() as stack:
+        begun = [stack.enter_context(begin(client, large, sent=-1)) for _ in range(8)]
+        wait_until(lambda: len(admitted) == 8)
+        ninth = stack.enter_context(begin(client, large))
+        wait_until(lambda: len(known) == 9)
         assert ask(client)["choices"]
-    finally:
-        for connection in begun:
-            connection.close()
-    error = client.post(PATH, content=large).json()["error"]
-    assert error["param"] == "messages"
+        assert len(admitted) == 8, "the ninth waits, also while other requests are answered"
+        begun[0].sendall(large[-1:])
+        assert b'"param":"messages"' in b"".join(iter(lambda: ninth.recv(65_536), b""))
 
 
 class SayingEngine:
@@ -251,7 +273,7 @@ class SilentEngine:
             for event in self._events:
                 yield event
             self.asked.set()
-            await asyncio.sleep(8)  # longer than the test waits
+            await asyncio.sleep(120)  # longer than the test waits
         finally:
             self.closed.set()
 
@@ -264,10 +286,9 @@ def test_client_that_disconnects_before_the_first_token_ends_its_request(
     engine = SilentEngine(events)
     handle: Any = LocalHandle(engine)
     with serving(chat_app(handle)) as client:
-        with pytest.raises(httpx.ReadTimeout):
-            client.post(PATH, json=body(stream=is_streamed), timeout=0.5)
-        assert engine.asked.is_set()
-        assert engine.closed.wait(4)
+        with begin(client, json.dumps(body(stream=is_streamed)).encode()):
+            assert engine.asked.wait(60)
+        assert engine.closed.wait(60)
     assert handle.cancelled == 1
 
 

@@ -1,9 +1,9 @@
 """The engine as a Ray Serve deployment: requests, answers, errors and cancellation cross processes."""
 
-import asyncio
 import os
 import time
 from collections.abc import AsyncGenerator, Iterator
+from contextlib import ExitStack, aclosing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,12 @@ import pytest
 import yaml
 
 from configs.loading import load_config
+from configs.schema import FinetuneConfig
 from service.config import BaseModelSettings
-from service.engine import Accepted, ChatRequest, Delta, Event, engine_deployment, reporting
+from service.engine import Accepted, ChatRequest, Delta, EngineSettings, Event, engine_deployment, reporting
+from service.transformers_engine import TransformersEngine
 from tests.support.engines import BASE, Reference, chat_app, serving, store_adapter
+from tests.support.waiting import wait_until
 
 pytestmark = [
     pytest.mark.slow,
@@ -23,6 +26,7 @@ pytestmark = [
 ]
 
 QUESTION = "Ada has 3 apples and buys 4. How many?"
+HOW_MANY = "How many rows does the engine have?"
 PATH = "/v1/chat/completions"
 
 
@@ -90,44 +94,71 @@ def test_requests_for_a_checkpoint_go_to_the_replica_that_has_it(client: httpx.C
     engine: Any = serve.deployment(
         reporting(ProcessIdEngine, most=2), name="two", num_replicas=2, ray_actor_options={"num_cpus": 0}
     )
-    handle = serve.run(engine.bind(), name="two", route_prefix=None)
-    with serving(chat_app(handle, ["a", "b", "c", "d"])) as own:
+    handle: Any = serve.run(engine.bind(), name="two", route_prefix=None)
+    checkpoints = ["a", "b", "c", "d"]
+    with serving(chat_app(handle, checkpoints)) as own:
 
         def process(model: str) -> int:
             return own.post(PATH, json=body(model)).json()["usage"]["prompt_tokens"]
 
-        models = [f"tuned-{number}" for number in range(4)]
+        def has_replica(checkpoint: str) -> bool:
+            router = handle._router._asyncio_router.request_router
+            return bool(router._multiplexed_model_id_to_replica_ids.get(checkpoint))
+
         first = {}
-        for model in models:
-            first[model] = process(model)
-            time.sleep(0.5)  # the replica reports its checkpoints every 0.1 s
+        for number, checkpoint in enumerate(checkpoints):
+            first[f"tuned-{number}"] = process(f"tuned-{number}")
+            wait_until(lambda: has_replica(checkpoint))  # noqa: B023
         assert sorted(map(list(first.values()).count, first.values())) == [2, 2, 2, 2]
         for _ in range(5):
-            assert {model: process(model) for model in models} == first
+            assert {model: process(model) for model in first} == first
         assert len({process(BASE) for _ in range(20)}) == 2
     serve.delete("two")
 
 
-def test_disconnected_clients_leave_no_rows_behind(client: httpx.Client):
-    """After 16 abandoned streams, a request takes no longer than one that is alone."""
+class CountingEngine(TransformersEngine):
+    """An engine whose complete answers take three minutes, and that answers HOW_MANY with its number of rows as that of prompt tokens."""
 
-    async def abandon() -> None:
-        async with httpx.AsyncClient(base_url=client.base_url, timeout=60) as others:
+    def __init__(self, settings: EngineSettings):
+        super().__init__(settings)
+        batch: Any = self._shared.batch
+        step = batch.step
 
-            async def one() -> None:
-                async with others.stream(
-                    "POST", PATH, json=body(BASE, max_tokens=450, stream=True)
-                ) as answer:
-                    async for _ in answer.aiter_lines():
-                        return
+        def slow_step() -> None:
+            time.sleep(0.4)
+            step()
 
-            await asyncio.gather(*(one() for _ in range(16)))
+        batch.step = slow_step
 
-    asyncio.run(abandon())
-    time.sleep(1)
-    start = time.monotonic()
-    alone = client.post(PATH, json=body(BASE, max_tokens=450)).json()
-    first = time.monotonic() - start
-    start = time.monotonic()
-    assert client.post(PATH, json=body(BASE, max_tokens=450)).json()["choices"] == alone["choices"]
-    assert first < 4 * (time.monotonic() - start) + 2, "abandoned streams slow the next request down"
+    async def chat(self, request: ChatRequest) -> AsyncGenerator[Event]:
+        if request.messages[0]["content"] == HOW_MANY:
+            yield Accepted(len(self._shared.batch.rows))
+            yield Delta(0, "x", finish_reason="stop", completion_tokens=1)
+            return
+        async with aclosing(super().chat(request)) as events:
+            async for event in events:
+                yield event
+
+
+def test_disconnected_clients_leave_no_rows_behind(client: httpx.Client, tiny_model: Path):
+    from ray import serve
+
+    training = FinetuneConfig(model_id=str(tiny_model), train_path="rows.jsonl", dtype="fp32", device="cpu")
+    engine: Any = serve.deployment(
+        CountingEngine, name="counting", max_ongoing_requests=100, ray_actor_options={"num_cpus": 0}
+    )
+    settings = EngineSettings(BASE, str(tiny_model), training, max_adapters=1, threads=1)
+    handle = serve.run(engine.bind(settings), name="counting", route_prefix=None)
+    with serving(chat_app(handle)) as own:
+
+        def rows() -> int:
+            answer = own.post(PATH, json=body(BASE, messages=[{"role": "user", "content": HOW_MANY}]))
+            return answer.json()["usage"]["prompt_tokens"]
+
+        with ExitStack() as stack:
+            asked = body(BASE, max_tokens=450, stream=True)
+            answers = [stack.enter_context(own.stream("POST", PATH, json=asked)) for _ in range(16)]
+            assert {answer.status_code for answer in answers} == {200}
+            wait_until(lambda: rows() == 16)
+        wait_until(lambda: rows() == 0)
+    serve.delete("counting")

@@ -3,7 +3,9 @@
 import asyncio
 import shutil
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -308,7 +310,22 @@ def test_requests_above_the_rope_limit_answer_alone_as_generate(tmp_path: Path):
 def test_least_recently_used_adapter_is_removed_unless_in_use(tiny_model: Path, adapters: dict[str, str]):
     """With one place, a second adapter waits for the answer that uses the first; the base does not wait."""
     engine = start_engine(tiny_model, max_adapters=1)
-    order: list[str] = []
+    pool: Any = engine._adapters
+    batch: Any = engine._shared.batch
+    use, step, entered, order = pool.use, batch.step, list[str](), list[str]()
+
+    @asynccontextmanager
+    async def recorded_use(uri: str) -> AsyncIterator[Any]:
+        entered.append(uri)
+        async with use(uri) as loaded:
+            yield loaded
+
+    def slow_step() -> None:
+        if len(entered) > 2 and not order:
+            time.sleep(0.05)  # the base answers before the first request, whose answer is long
+        step()
+
+    pool.use, batch.step = recorded_use, slow_step
 
     async def ask(name: str, checkpoint: str | None, length: int) -> list[str]:
         texts = await answer(engine, chat_request(checkpoint, QUESTIONS[0], max_tokens=length))
@@ -326,7 +343,9 @@ def test_least_recently_used_adapter_is_removed_unless_in_use(tiny_model: Path, 
             ("base", None, 5),
         ):
             tasks.append(asyncio.create_task(ask(name, checkpoint, length)))
-            await asyncio.sleep(0.02)
+            # Requests wait in the order in which they enter.
+            while checkpoint and len(entered) < 2 + len(tasks):
+                await asyncio.sleep(0.005)
         return list(await asyncio.gather(*tasks))
 
     try:
@@ -350,11 +369,12 @@ def test_closed_stream_frees_its_rows_and_its_adapter(tiny_model: Path, adapters
             if isinstance(event, Delta):
                 break
         await events.aclose()  # type: ignore[attr-defined]
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             return await answer(engine, chat_request(adapters[OTHER], QUESTIONS[0]))
 
     try:
         assert run(ask()) == [Reference(tiny_model, adapters[OTHER]).answer(QUESTIONS[0])]
+        run(engine._between_steps(lambda: None))  # the rows of finished answers leave before it
         assert engine._shared.batch.rows == []
     finally:
         engine.close()

@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from cookbooks.quickstart.word_problems import TRAIN_KINDS, write_problems
 from runs.layout import RESULT_FILE
 from runs.reading import best, committed
 from service.layout import run_store
-from tests.support.served import OPENAI, Served, free_port, served
+from tests.support.ports import free_port
+from tests.support.served import OPENAI, Served, served
 from tests.support.service import write_service
 from utils.storage.bucket import EMBEDDED_BUCKET
 from utils.storage.s3 import S3Store
@@ -94,7 +95,8 @@ class Site:
             assert time.monotonic() < deadline, f"there is no {victim}"
             time.sleep(0.05)
         for process in found:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):  # it has just exited
+                process.kill()
         psutil.wait_procs(found, timeout=30)
 
     def send(self, method: str, path: str, *, repeats: int = 0, **options: Any) -> requests.Response:
@@ -141,8 +143,8 @@ class Site:
         return self.files[-1], attempts
 
     def create(self, file: str) -> str:
-        """Create a job with the same seed as the others; return its id."""
-        body = {"model": "tiny", "training_file": file, "seed": 3, "hyperparameters": {"n_epochs": 8}}
+        """Create a job with the same seed as the others; return its id. It trains for seconds after its first checkpoint."""
+        body = {"model": "tiny", "training_file": file, "seed": 3, "hyperparameters": {"n_epochs": 16}}
         body["metadata"] = {"n": str(time.time_ns())}
         return self.ask("POST", "/fine_tuning/jobs", json=body)[0]["id"]
 

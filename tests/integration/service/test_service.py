@@ -27,8 +27,9 @@ from service.config import load_service
 from service.keys import create_key
 from tests.support.grids import only_in_test_service
 from tests.support.jobs import PROJECT, environment, error_of, run_main
+from tests.support.ports import free_port
 from tests.support.ray_cluster import RayCluster, ray_cluster
-from tests.support.served import OPENAI, PREFERENCE_CLIENT, Served, free_port, run_client, served
+from tests.support.served import OPENAI, PREFERENCE_CLIENT, Served, run_client, served
 from tests.support.service import Api, write_service
 from tests.support.shown_commands import service_commands
 from tests.support.wandb_files import history_of, wandb_records
@@ -98,7 +99,7 @@ def test_openai_client_fine_tunes_a_model(tmp_path: Path, bucket_uri: str, tiny_
             for name in ("adapter_config.json", "adapter_model.safetensors")
         } <= {item.key for item in S3Store(published).list()}
         service.process.send_signal(signal.SIGTERM)
-        assert service.process.wait(60) == 128 + signal.SIGTERM
+        assert service.process.wait(120) == 128 + signal.SIGTERM
 
 
 @pytest.mark.slow
@@ -304,7 +305,7 @@ def test_process_that_stops_passes_its_service_to_the_one_that_replaces_it(
                 assert "belongs to another process" in first.errors.read_text()
                 assert other_application(cluster, "ask") == "['fine-tuning', 'other'] still here"
                 process.send_signal(signal.SIGTERM)
-                assert process.wait(60) == 128 + signal.SIGTERM
+                assert process.wait(120) == 128 + signal.SIGTERM
             finally:
                 process.kill()
                 process.wait()
@@ -364,7 +365,7 @@ def test_signal_stops_a_service_that_waits_for_resources(tmp_path: Path, bucket_
                 assert process.poll() is None
                 assert time.monotonic() < deadline
             process.send_signal(signal.SIGTERM)
-            assert process.wait(60) == 128 + signal.SIGTERM
+            assert process.wait(120) == 128 + signal.SIGTERM
         finally:
             process.kill()
             process.wait()

@@ -4,8 +4,8 @@ Environment variables select what it does:
 
 - RESUME_LEDGER names a directory in which each worker writes the rows it trains, one "step rank row" per line. Workers then also
   record losses after each step instead of at intervals.
-- RESUME_HOLD is `after_step:N`, `in_save:N` or `in_step_until_stop:N`. At the first two, every worker waits to be killed. At the
-  third, rank 0 waits until the driver has requested a stop.
+- RESUME_HOLD is `after_step:N`, `in_save:N` or `in_step_until_stop:N`. At the first two, every worker waits to be killed, or until
+  the ledger's directory contains a file RELEASED. At the third, rank 0 waits until the driver has requested a stop.
 - RESUME_SKIP_RESTORE names a part of a checkpoint that is not restored: `rng`, `position` or `optimizer`.
 - GPU_KERNELS is `torch` or `liger`. CPU workers then compute the loss with TRL's fused head, as GPU workers do, in Triton's
   interpreter. With `liger` they use Liger's layers too.
@@ -14,13 +14,13 @@ Environment variables select what it does:
 
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any, TextIO
 
+_released = os.path.join(os.environ.get("RESUME_LEDGER", ""), "RELEASED")  # noqa: PTH118
 _hold_point, _, _held_step = os.environ.get("RESUME_HOLD", "").partition(":")
 _skipped_part = os.environ.get("RESUME_SKIP_RESTORE")
 
@@ -51,8 +51,8 @@ def _is_held(point: str, step: int) -> bool:
 
 
 def _hold(point: str, step: int) -> None:
-    if _is_held(point, step):
-        threading.Event().wait()
+    while _is_held(point, step) and not os.path.exists(_released):  # noqa: PTH110
+        time.sleep(0.01)
 
 
 def _record_rows(module: Any) -> None:

@@ -23,7 +23,7 @@ from service.app import APP_NAME
 from service.commands import ServiceError, _check_http_options, _Run
 from service.config import load_service
 from service.engine import engine_deployment
-from tests.support.served import free_port
+from tests.support.ports import free_port
 from tests.support.service import write_service
 from training.loop import ray_internals
 from training.planning.endpoints import ClusterTarget

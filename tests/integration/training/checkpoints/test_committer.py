@@ -107,7 +107,7 @@ def committed_steps(store: Store) -> list[int]:
 def test_save_waits_only_for_the_previous_upload(
     run_uri: str, bucket: EmbeddedBucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    stall = Fault("stall", method="PUT", key="model.safetensors", times=1, seconds=3)
+    stall = Fault("stall", method="PUT", key="model.safetensors", times=1)
     reported_steps: list[int] = []
     with behind_proxy(bucket, monkeypatch, stall):
         store = open_store(run_uri)
@@ -117,6 +117,7 @@ def test_save_waits_only_for_the_previous_upload(
             committer.start(save_locally(tmp_path, 1))
             assert reported_steps == [] and committed_steps(store) == [], "the upload still hangs"
             committer.check()
+            stall.released.set()
             committer.start(save_locally(tmp_path, 2))
             assert reported_steps == [1], "the second save waits for the first commit"
         assert stall.times_injected == 1

@@ -5,7 +5,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 
 from runs.layout import LEASES, Lease, lease_key
 from tests.support.own_buckets import S3_THROUGH_FSSPEC, set_up_fsspec_bucket
+from tests.support.waiting import wait_until
 from training.checkpoints import lease as lease_module
 from training.checkpoints.lease import LeaseError, check_lease, held_lease
 from utils.storage.bucket import Store, open_store
@@ -146,7 +146,7 @@ def test_one_of_many_concurrent_drivers_takes_the_lease(run_uri: str):
 
     with ThreadPoolExecutor(6) as pool:
         results = [pool.submit(driver, number) for number in range(6)]
-        _wait_until(lambda: sum(result.done() for result in results) == 5)
+        wait_until(lambda: sum(result.done() for result in results) == 5)
         stop.set()
         assert sorted(result.result() for result in results) == [False] * 5 + [True]
 
@@ -158,17 +158,10 @@ def test_lease_that_was_taken_over_stays_invalid(run_uri: str, monkeypatch: pyte
     with held_lease(store, waiting=fail_if_waiting) as lease:
         successor = lease.model_copy(update={"number": lease.number + 1, "token": "theirs"})
         store.write(lease_key(successor.number), successor.model_dump_json().encode())
-        _wait_until(lambda: all(thread.name != "lease" for thread in threading.enumerate()))
+        wait_until(lambda: all(thread.name != "lease" for thread in threading.enumerate()))
         store.delete([lease_key(lease.number), lease_key(successor.number)])
         with pytest.raises(LeaseError, match="taken over"):
             check_lease(store, lease)
-
-
-def _wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "condition not met within 60 s"
-        time.sleep(0.05)
 
 
 def test_damaged_lease_raises_an_error_with_its_key(bucket: EmbeddedBucket, bucket_uri: str):

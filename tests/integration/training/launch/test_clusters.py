@@ -204,7 +204,7 @@ def test_lost_head_is_reported_with_its_log(process: str, files: Path, tmp_path:
         cluster.kill_head(process)
         killed = time.monotonic()
         finished = job.end()
-        assert time.monotonic() - killed < 45, (
+        assert time.monotonic() - killed < 55, (
             "20 s on an idle machine; Ray itself takes a minute for the GCS"
         )
     assert finished.exit_code == 1, finished.errors
@@ -272,7 +272,7 @@ def test_commits_and_preemption_checks_do_not_deadlock(
         valid_path=None,
         checkpoint_and_evaluation_frequency={"unit": "steps", "frequency": 1},
     )
-    finished = run_main(yaml, "--json", timeout=200, variables=shared_cluster.variables)
+    finished = run_main(yaml, "--json", variables=shared_cluster.variables)
     assert finished.exit_code == 0, finished.errors
     assert finished.result["train_steps"] == 40
 

@@ -36,7 +36,7 @@ def test_rejected_rows_leave_no_process_and_no_run(tmp_path: Path):
     assert_names(error_of(finished), "train.jsonl:41", "messages", "Fix or remove")
     assert not (files / "runs").exists()
     assert len(seen) > 2, "the cluster was not started while the run was planned"
-    _, alive = psutil.wait_procs(seen.values(), timeout=10)
+    _, alive = psutil.wait_procs(seen.values(), timeout=60)
     assert not alive
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.faults import small_shard_variables
 from tests.support.grids import only_in_test_nodes
-from tests.support.jobs import PROJECT, Job, environment, started, tiny_settings, write_yaml
+from tests.support.jobs import PROJECT, Job, descendants, environment, started, tiny_settings, write_yaml
 from tests.support.messages import assert_names
 from tests.support.own_buckets import set_up_own_bucket
 from tests.support.ray_cluster import ray_cluster
@@ -21,7 +21,7 @@ from utils.storage.embedded_bucket import EmbeddedBucket
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
-MOST_SECONDS = 20  # measured: 1 to 14; Ray itself takes 60 for the GCS, and prints nothing
+MOST_SECONDS = 50  # measured: 1 to 14; Ray itself takes 60 for the GCS, and prints nothing
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +54,13 @@ def test_cluster_of_this_machine_that_is_lost_while_the_run_is_planned(
         job.wait_until(lambda: bool(job.workers()), "the first worker")
         job.wait_for_line("checking the rows")
         children = psutil.Process(job.process.pid).children(recursive=True)
-        (found,) = [child for child in children if child.name() == process]
+        (found,) = descendants(job.process.pid, process)
         found.kill()
         line = end_of(job, time.monotonic())
     assert log in line
     assert Path(line.partition("Its log: ")[2].partition(". ")[0]).exists(), line
     assert not (files / "runs").exists()
-    _, alive = psutil.wait_procs(children, timeout=10)
+    _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive
 
 
@@ -85,7 +85,7 @@ def test_cluster_of_this_machine_that_is_lost_while_it_starts(
     assert ("the GCS has exited" if killed == "gcs_server" else "the raylet has exited") in line
     assert Path(line.partition("Its log: ")[2].partition(". ")[0]).exists(), line
     assert not (files / "runs").exists()
-    _, alive = psutil.wait_procs(list(children.values()), timeout=10)
+    _, alive = psutil.wait_procs(list(children.values()), timeout=60)
     assert not alive
 
 

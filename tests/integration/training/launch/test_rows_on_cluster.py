@@ -94,13 +94,16 @@ def test_lost_node_costs_its_shards_only_and_the_files_are_those_of_one_machine(
 
     lost = cluster.start_node()
     with started(config, cluster.variables | small | own_cache) as job:
-        job.wait_until(lambda: uploaded() >= 4, "shards in the bucket")
+        of_lost = cluster.caches()[-1] / "anneal"
+        job.wait_until(lambda: uploaded() >= 4 and of_lost.exists(), "shards in the bucket, of both nodes")
         cluster.kill(lost)
         before = uploaded()
         finished = job.end()
     assert finished.exit_code == 0, finished.errors
     found = prepared_files(store)
-    assert before < LEAST_SHARDS < sum("/data-" in name for name in found)
+    shards = sum("/data-" in name for name in found)
+    assert shards > LEAST_SHARDS
+    assert before < shards, "the node was lost after the last shard"
     head, other = cluster.caches()
     assert (head / "anneal").exists() and (other / "anneal").exists(), "both nodes had shards"
 

@@ -11,14 +11,23 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
 from runs.summaries import read_run
-from tests.support.jobs import PROJECT, SENT, Job, command, environment, started, tiny_settings, write_yaml
+from tests.support.jobs import (
+    PROJECT,
+    SENT,
+    Job,
+    command,
+    descendants,
+    environment,
+    started,
+    tiny_settings,
+    write_yaml,
+)
 from tests.support.tiny_model import make_model_and_data
 
 pytestmark = pytest.mark.timeout(400)
@@ -35,15 +44,6 @@ def _descendants(job: Job) -> list[psutil.Process]:
     return psutil.Process(job.process.pid).children(recursive=True)
 
 
-def _runs(name: str) -> Callable[[Job], bool]:
-    def runs(job: Job) -> bool:
-        with suppress(psutil.NoSuchProcess):  # a descendant has just exited
-            return any(process.name() == name for process in _descendants(job))
-        return False
-
-    return runs
-
-
 def _handles_signals(job: Job) -> bool:
     status = Path(f"/proc/{job.process.pid}/status").read_text()
     (caught,) = re.findall(r"^SigCgt:\s*(\w+)$", status, re.M)
@@ -53,7 +53,7 @@ def _handles_signals(job: Job) -> bool:
 PHASES: dict[str, tuple[Callable[[Job], bool], int]] = {
     "loading the program": (_handles_signals, 10_000),
     "planning": (lambda job: "checking the rows" in job.errors, 10_000),
-    "starting Ray": (_runs("gcs_server"), 10_000),
+    "starting Ray": (lambda job: bool(descendants(job.process.pid, "gcs_server")), 10_000),
     "starting the workers": (lambda job: bool(job.workers()), 10_000),
     "loading the model": (lambda job: "building the model" in job.errors, 10_000),
     "training": (lambda job: "step 3/" in job.errors, 10_000),
@@ -119,7 +119,7 @@ def test_signal_ends_the_run_with_its_code_and_one_line(phase: str, sent: str, f
     if "config.yaml" not in left:  # training had not started
         assert not run.exists(), f"left behind: {left}"
     assert not [path for path in left if path.startswith("claim")], "the lease is held"
-    _, alive = psutil.wait_procs(processes, timeout=10)
+    _, alive = psutil.wait_procs(processes, timeout=60)
     assert not alive
 
 
@@ -160,5 +160,5 @@ def test_run_whose_terminal_closes_commits_a_checkpoint(files: Path, tmp_path: P
     assert (result.status, result.reason) == ("stopped", "SIGHUP")
     assert result.train_steps >= 1
     assert result.last_checkpoint
-    _, alive = psutil.wait_procs(processes, timeout=10)
+    _, alive = psutil.wait_procs(processes, timeout=60)
     assert not alive

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.faults import injection
 from tests.support.jobs import read_metrics, run_main, started, tiny_settings, write_yaml
 from tests.support.tiny_model import make_model, write_data
 
@@ -57,7 +58,7 @@ def test_stopped_run_resumes_both_intervals_and_the_schedule(files: Path, tmp_pa
     assert kept == ["step-000045", "step-000090", "step-000120"]
 
     config = write_yaml(tmp_path / "stopped.yaml", settings(files, "stopped"))
-    with started(config) as job:
+    with started(config, injection(tmp_path / "ledger", hold="in_step_until_stop:6")) as job:
         job.wait_for_line("step 5/")
         os.killpg(job.process.pid, signal.SIGTERM)
         stopped = job.end()

@@ -14,7 +14,7 @@ import pytest
 from utils.storage.bucket import BucketError, open_store
 from utils.storage.embedded_bucket import STATE_VARIABLE, embedded_bucket, embedded_endpoint
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 USE_BUCKET = (
     "import sys; from pathlib import Path; from utils.storage.embedded_bucket import embedded_bucket\n"
     "with embedded_bucket(Path(sys.argv[1])) as server:\n print(server.endpoint, flush=True); sys.stdin.read()"
@@ -29,8 +29,8 @@ def state_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert wait_for(lambda: not (path / "server.json").exists()), "a server is still running"
 
 
-def wait_for(condition, seconds: float = 8) -> bool:
-    deadline = time.monotonic() + seconds
+def wait_for(condition) -> bool:
+    deadline = time.monotonic() + 60  # a guard against hanging: it takes seconds
     while not condition():
         if time.monotonic() > deadline:
             return False
@@ -111,7 +111,7 @@ def test_server_stops_after_its_last_user_exits(state_dir: Path):
             time.sleep(1.5)
             assert pids(state_dir) == before
             open_store("s3://anneal/x").write("still", b"here")
-        assert wait_for(lambda: not any(map(is_alive, before)), 30)
+        assert wait_for(lambda: not any(map(is_alive, before)))
 
 
 @pytest.mark.slow
@@ -120,7 +120,7 @@ def test_server_stops_after_its_user_is_killed(state_dir: Path):
         read_endpoint(victim)
         processes = pids(state_dir)
         victim.kill()
-        assert wait_for(lambda: not any(map(is_alive, processes)), 4)
+        assert wait_for(lambda: not any(map(is_alive, processes)))
     assert not (state_dir / "server.json").exists()
 
 

@@ -273,12 +273,13 @@ def test_data_is_prepared_once_per_node(chatml: PreTrainedTokenizerFast, tiny_mo
             pool.map(lambda _: prepare(request(train), chatml, tiny_model, tmp_path / "cache"), range(4))
         )
     assert all(other == prepared[0] for other in prepared)
-    file_stat = (prepared[0].directory / DATA_FILE).stat()
+    written = (prepared[0].directory / DATA_FILE).stat()
     repeated = prepare(request(train), chatml, tiny_model, tmp_path / "cache")
     assert repeated == prepared[0]
-    assert (repeated.directory / DATA_FILE).stat() == file_stat
+    found = (repeated.directory / DATA_FILE).stat()  # its access time may differ
+    assert (found.st_ino, found.st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
     name = repeated.directory.name
-    entries = {found.name for found in (tmp_path / "cache" / "prepared").iterdir()}
+    entries = {entry.name for entry in (tmp_path / "cache" / "prepared").iterdir()}
     assert entries == {name, f"{name}.lock"}
 
 

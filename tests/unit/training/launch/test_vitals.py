@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 
 from tests.support.messages import assert_names
+from tests.support.ports import free_port
 from training.launch.vitals import ClusterLostError, LostInterrupt, Vitals
 
 _SIGNAL = signal.SIGRTMIN + 2
@@ -27,9 +28,7 @@ def watched(address: str) -> Iterator[Vitals]:
 def closed(monkeypatch: pytest.MonkeyPatch) -> str:
     """Return an address that refuses connections, which counts as lost at the first probe."""
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "0")
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{bound.getsockname()[1]}"
+    return f"127.0.0.1:{free_port()}"
 
 
 def test_lost_cluster_is_an_error_of_the_process_and_not_of_what_ray_raised_meanwhile(closed: str):

@@ -1,5 +1,6 @@
 """Callbacks of the training loop, called without a loop."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -128,6 +129,7 @@ def test_step_is_neither_logged_nor_committed_once_a_mapped_weight_file_has_chan
     """A mapping shows what is written to its file. It keeps the content of a file that is replaced or removed."""
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(bytes(100))
+    os.utime(weights, (0, 0))  # the clock of some kernels does not tick between two writes
     checked = UnchangedWeights(FilesInUse([weights]), lambda: "s3://b/run/checkpoints/step-000002")
     arguments: Any = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
     state = TrainerState(global_step=4)
