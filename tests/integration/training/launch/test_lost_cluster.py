@@ -45,7 +45,13 @@ def end_of(job: Job, began: float) -> str:
     return line
 
 
-@pytest.mark.parametrize(("process", "log"), [("gcs_server", "gcs_server.out"), ("raylet", "raylet.out")])
+@pytest.mark.parametrize(
+    ("process", "log"),
+    [
+        ("gcs_server", "gcs_server.out"),
+        pytest.param("raylet", "raylet.out", marks=only_in_test_nodes),
+    ],
+)
 def test_cluster_of_this_machine_that_is_lost_while_the_run_is_planned(
     process: str, log: str, files: Path, tmp_path: Path
 ):
@@ -156,7 +162,10 @@ except AnnealError as error:
 
 @pytest.mark.parametrize(
     ("work", "how"),
-    [("time.sleep(100)", "raised: "), ("ray.nodes(); time.sleep(100)", "error: ")],
+    [
+        pytest.param("time.sleep(100)", "raised: ", marks=only_in_test_nodes),
+        ("ray.nodes(); time.sleep(100)", "error: "),
+    ],
     ids=["joins the rows", "asks the GCS"],
 )
 def test_cluster_that_is_lost_while_the_driver_works_on_prepared_rows(work: str, how: str):

@@ -500,7 +500,7 @@ def test_lost_worker_within_max_failures_restarts_from_the_latest_checkpoint(fil
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("process", ["raylet", "gcs_server"])
+@pytest.mark.parametrize("process", ["raylet", pytest.param("gcs_server", marks=only_in_test_resume)])
 def test_lost_cluster_is_reported_and_a_rerun_would_resume(process: str, files: Path, tmp_path: Path):
     """Ray itself would terminate the driver without a message, after 15 s or a minute."""
     name = f"cluster-{process}"
@@ -565,6 +565,7 @@ def test_full_disk_raises_an_error_and_a_rerun_would_resume(files: Path, tmp_pat
     assert checkpoint_of_a_rerun(config) == finished.result["last_checkpoint"]
 
 
+@only_in_test_resume
 @pytest.mark.slow
 def test_storage_that_fills_up_raises_an_error_and_a_rerun_resumes(files: Path, tmp_path: Path):
     """The error names the file that does not fit, and nothing half-written remains."""
@@ -723,7 +724,7 @@ def test_second_driver_of_a_run_raises_an_error_with_the_owner(files: Path, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["directory", "node cache"])
+@pytest.mark.parametrize("place", ["node cache", pytest.param("directory", marks=only_in_test_resume)])
 def test_run_fails_once_a_mapped_weight_file_is_written_to(
     place: str, files: Path, bucket: EmbeddedBucket, bucket_uri: str, tmp_path: Path
 ):
@@ -758,6 +759,7 @@ def test_run_fails_once_a_mapped_weight_file_is_written_to(
     assert finished.result["status"] == "failed"
 
 
+@only_in_test_resume
 @pytest.mark.slow
 def test_run_names_a_mapped_weight_file_that_was_truncated(files: Path, tmp_path: Path):
     """The kernel kills a process that reads a mapped page beyond the end of its file, so only the next attempt can name it."""
