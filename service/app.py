@@ -18,7 +18,6 @@ from starlette.types import ASGIApp
 from service.api import create_app
 from service.config import LoadedService, load_service
 from service.engine import engine_deployment
-from service.scheduler import Scheduler
 from utils.storage.bucket import BucketError
 from utils.storage.retries import CHECK
 from utils.storage.s3 import S3Store
@@ -85,6 +84,8 @@ class SchedulerReplica:
     """The replica that schedules jobs."""
 
     def __init__(self, service: LoadedService):
+        from service.scheduler import Scheduler  # imports Ray Train, which no other replica needs
+
         _log_to_stderr()
         store = S3Store(service.config.storage_path)
         self._scheduler = Scheduler(store, service, ray.get_runtime_context().gcs_address)

@@ -32,7 +32,7 @@ from training.planning.paths import needs_embedded_bucket
 from utils.arguments import add_json_option, positive
 from utils.console import open_consoles
 from utils.errors import AnnealError, last_line
-from utils.processes import record_signals, restore_handlers, run_in_own_session
+from utils.processes import importing, record_signals, restore_handlers, run_in_own_session
 from utils.storage.bucket import check_writable
 from utils.storage.embedded_bucket import STATE_VARIABLE, embedded_bucket, state_directory
 from utils.storage.s3 import S3Store
@@ -229,11 +229,12 @@ class _Run:
         with _bucket(self._service):
             check_writable(config.storage_path)
             self._write("starting Ray and the service")
-            import ray
-            from ray import serve
+            with importing():
+                import ray
+                from ray import serve
 
-            from service.app import APP_NAME
-            from training.loop.ray_internals import client_of_serve
+                from service.app import APP_NAME
+                from training.loop.ray_internals import client_of_serve
 
             _connect(self._target, self._service)
             received = record_signals(then=self._stop.set)
@@ -396,17 +397,19 @@ def _connect(target: ClusterTarget, service: LoadedService) -> None:
 
     from training.inference.vllm_environment import PYTHON_VARIABLE
     from training.launch.packaging import EVERYTHING_BUT_CODE, PROJECT
+    from training.loop.ray_internals import lean_head_node
 
     if target.is_local:
         engines = sum(base.engine_resources["CPU"] for base in service.config.models.values())
         cores = os.cpu_count() or 1
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            num_cpus=cores + math.ceil(engines),
-        )
+        with lean_head_node():
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                num_cpus=cores + math.ceil(engines),
+            )
     else:
         environment = {"working_dir": str(PROJECT), "excludes": EVERYTHING_BUT_CODE}
         variables = {STATE_VARIABLE: str(state_directory())}

@@ -18,14 +18,11 @@ from ray.util import list_named_actors
 from configs.loading import ConfigError, load_config
 from configs.schema import FinetuneConfig
 from training.data.errors import DataError
-from training.data.prepared import keep_prepared
-from training.launch.cluster import workers_of
 from training.launch.packaging import PROJECT
 from training.planning.endpoints import ClusterTarget, set_ray_environment
 from training.planning.paths import make_scratch_directory
-from training.planning.planner import make_plan
 from utils.command_line import ADDRESS_VARIABLE
-from utils.processes import die_with
+from utils.processes import die_with, importing
 
 NAMESPACE = "fine-tuning-service"
 _TAIL_BYTES = 4000
@@ -70,6 +67,11 @@ def check_job(config: str, job_id: str, address: str) -> Checked:
     """
     target = ClusterTarget(address)
     set_ray_environment(target)
+    with importing():  # torch, which the scheduler and the drivers do not need
+        from training.data.prepared import keep_prepared
+        from training.launch.cluster import workers_of
+        from training.planning.planner import make_plan
+
     with tempfile.TemporaryDirectory(prefix="anneal-") as directory:
         path = Path(directory) / f"{job_id}.yaml"
         path.write_text(config, "utf-8")

@@ -9,6 +9,7 @@ from configs.schema import FinetuneConfig
 from service.config import BaseModelSettings
 from service.errors import ApiError
 from service.models import ServedModel
+from utils.processes import importing
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -162,11 +163,6 @@ def engine_deployment(base: str, settings: BaseModelSettings, config: FinetuneCo
     """
     from ray import serve
 
-    if settings.engine == "vllm":
-        from service.vllm_engine import VllmEngine as Chosen
-    else:
-        from service.transformers_engine import TransformersEngine as Chosen
-
     resources = dict(settings.resources)
     cpus, gpus = resources.pop("CPU", None), resources.pop("GPU", 0)
     options: dict[str, Any] = {"num_cpus": 1 if cpus is None else cpus, "num_gpus": gpus}
@@ -175,21 +171,45 @@ def engine_deployment(base: str, settings: BaseModelSettings, config: FinetuneCo
     if resources:
         options["resources"] = resources
     deployment: Any = serve.deployment(
-        Chosen if settings.num_replicas == 1 else reporting(Chosen, settings.max_adapters),
+        EngineReplica if settings.num_replicas == 1 else reporting(EngineReplica, settings.max_adapters),
         name=f"engine-{base.replace('/', '-')}",
         num_replicas=settings.num_replicas,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         ray_actor_options=options,
     )
     return deployment.bind(
+        settings.engine,
         EngineSettings(
             base=base,
             model_uri=config.model_id,
             config=config,
             max_adapters=settings.max_adapters,
             threads=None if cpus is None else max(1, int(cpus)),
-        )
+        ),
     )
+
+
+class EngineReplica:
+    """A replica of an engine. It imports the engine itself: the process that deploys it would need seconds for torch and PEFT."""
+
+    def __init__(self, engine: Literal["transformers", "vllm"], settings: EngineSettings):
+        """Start an engine of this kind."""
+        with importing():
+            if engine == "vllm":
+                from service.vllm_engine import VllmEngine as Chosen
+            else:
+                from service.transformers_engine import TransformersEngine as Chosen
+        self._engine = Chosen(settings)
+
+    async def chat(self, request: ChatRequest) -> AsyncGenerator[Event]:
+        """Answer a request; see `Engine.chat`."""
+        async with aclosing(self._engine.chat(request)) as events:
+            async for event in events:
+                yield event
+
+    def check_health(self) -> None:
+        """Raise an error if the engine cannot answer any more; Serve then replaces the replica."""
+        self._engine.check_health()
 
 
 def reporting(engine: Any, most: int) -> type:

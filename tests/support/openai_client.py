@@ -31,19 +31,17 @@ def main(base_url: str, rows: str, model: str) -> None:
         metadata={"team": "a"},
         method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 1}}},
     )
-    failing = client.fine_tuning.jobs.create(model=model, training_file=bad.id)
     cancelled = client.fine_tuning.jobs.create(model=model, training_file=file.id, seed=1)
     paused = client.fine_tuning.jobs.pause(cancelled.id)
     resumed = client.fine_tuning.jobs.resume(cancelled.id).status
     assert resumed in ("validating_files", "queued")  # the latter if it was validated before the pause
     client.fine_tuning.jobs.cancel(cancelled.id)
     seen = [job.status]
-    while job.status not in ("succeeded", "failed", "cancelled"):
-        time.sleep(0.2)
-        job = client.fine_tuning.jobs.retrieve(job.id)
-        seen += [job.status] if job.status != seen[-1] else []
-    while (failed := client.fine_tuning.jobs.retrieve(failing.id)).status != "failed":
-        time.sleep(0.2)
+    follow(client, job.id, seen, until=("queued", "running", "succeeded", "failed"))
+    # The process that has checked the first job's files is free to check these.
+    failing = client.fine_tuning.jobs.create(model=model, training_file=bad.id)
+    failed = follow(client, failing.id, [failing.status], until=("failed", "succeeded"))
+    job = follow(client, job.id, seen, until=("succeeded", "failed"))
     listed = [each.id for each in client.fine_tuning.jobs.list(limit=1)]
     events = list(client.fine_tuning.jobs.list_events(job.id, limit=2))
     checkpoints = list(client.fine_tuning.jobs.checkpoints.list(job.id))
@@ -68,7 +66,7 @@ def main(base_url: str, rows: str, model: str) -> None:
         "paused": paused.status,
         "cancelled": client.fine_tuning.jobs.retrieve(cancelled.id).status,
         "listed": listed,
-        "expected": [cancelled.id, failing.id, job.id],
+        "expected": [failing.id, cancelled.id, job.id],
         "of_team": [each.id for each in client.fine_tuning.jobs.list(metadata={"team": "a"})],
         "events": [event.model_dump() for event in events],
         "checkpoints": [checkpoint.model_dump() for checkpoint in checkpoints],
@@ -82,6 +80,16 @@ def main(base_url: str, rows: str, model: str) -> None:
         "files_after": [each.id for each in client.files.list()],
     }
     print(json.dumps(received))
+
+
+def follow(client: openai.OpenAI, job_id: str, seen: list[str], until: tuple[str, ...]) -> Any:
+    """Wait until a job has one of these statuses; add its new statuses to those seen, and return it."""
+    while True:
+        job = client.fine_tuning.jobs.retrieve(job_id)
+        seen += [job.status] if job.status != seen[-1] else []
+        if job.status in until:
+            return job
+        time.sleep(0.2)
 
 
 def chat(client: openai.OpenAI, model: str) -> dict[str, Any]:

@@ -355,13 +355,13 @@ class ElasticPolicy(ElasticScalingPolicy):
 
 
 class LeanTrainer(DataParallelTrainer):
-    """The base of a TorchTrainer with an optional scaling policy, and without what a local cluster or Anneal does not need.
+    """The base of a TorchTrainer with an optional scaling policy, and without what Anneal does not need.
 
     - `DatasetsCallback` serves Ray Data, which is not used.
-    - `PlacementGroupCleanerCallback` removes placement groups after the driver is lost. A local cluster ends with its driver,
-      which would wait up to 12 s for the cleaner.
-    - With a fixed number of workers on a local cluster, the controller runs in the driver and not in an actor, and nothing asks
-      an autoscaler.
+    - `PlacementGroupCleanerCallback` removes the placement group of a controller that died before its driver. Here the driver
+      then exits, and Ray removes the group. A run would wait for the cleaner's process, and for up to 12 s at the end.
+    - With a fixed number of workers on a local cluster, the controller runs in the driver and not in an actor.
+    - With a fixed number of workers on a cluster without an autoscaler, nothing asks for one, which would start an actor.
     """
 
     def __init__(
@@ -400,9 +400,10 @@ class LeanTrainer(DataParallelTrainer):
         # The only method in which Ray starts the controller, always as an actor, and with its own scaling policy.
         if self._scaling_policy is not None:
             arguments["scaling_policy"] = self._scaling_policy
+        elif self._is_local or not (autoscaler_maximum() or has_node_groups()):
+            arguments["scaling_policy"] = FixedSize(self.scaling_config)
         if not self.runs_in_driver:
             return super()._initialize_and_run_controller(**arguments)
-        arguments["scaling_policy"] = FixedSize(self.scaling_config)
         self._controller = LocalController(local_workers=self._local_workers, **arguments)
         if self._is_stopped:
             self._controller.stop()
@@ -411,10 +412,8 @@ class LeanTrainer(DataParallelTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         # Ray adds its callbacks in this method only, and accepts none that replaces them.
-        needless: list[type] = [DatasetsCallback]
-        if self._is_local:
-            needless.append(PlacementGroupCleanerCallback)
-        return [each for each in super()._create_default_callbacks() if not isinstance(each, tuple(needless))]
+        needless = (DatasetsCallback, PlacementGroupCleanerCallback)
+        return [each for each in super()._create_default_callbacks() if not isinstance(each, needless)]
 
 
 def ray_logs() -> Path:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import secrets
 import socket
 import statistics
 import time
@@ -27,6 +28,7 @@ from tests.support.grids import only_in_test_service
 from tests.support.service import CHAT, Api, rows, running_api, write_service
 from tests.support.waiting import wait_until
 from utils.storage.bucket import BucketError, NotFoundError
+from utils.storage.embedded_bucket import EMBEDDED_BUCKET, EmbeddedBucket
 from utils.storage.s3 import UPLOAD_PART_BYTES, S3Store
 
 
@@ -44,6 +46,20 @@ def store(service: LoadedService) -> S3Store:
 def apis(service: LoadedService) -> Iterator[list[Api]]:
     with running_api(service, ["red", "blue"]) as found:
         yield found
+
+
+@pytest.fixture(scope="module")
+def any_api(tmp_path_factory: pytest.TempPathFactory, bucket: EmbeddedBucket) -> Iterator[Api]:
+    """An API for requests whose answer does not depend on what other tests store."""
+    uri = f"s3://{EMBEDDED_BUCKET}/any-{secrets.token_hex(6)}"
+    with running_api(load_service(write_service(tmp_path_factory.mktemp("any"), uri))) as (api,):
+        yield api
+
+
+@pytest.fixture(scope="module")
+def any_file(any_api: Api) -> str:
+    """Return the id of a training file of `any_api`."""
+    return any_api.upload(rows())["id"]
 
 
 def ids(listing: Any) -> list[str]:
@@ -68,8 +84,7 @@ def test_file_is_stored_listed_read_and_deleted(apis: list[Api]):
 
 
 def test_upload_is_streamed_in_parts(apis: list[Api], store: S3Store):
-    content = b"".join(rows({**CHAT, "n": number}) for number in range(200_000))
-    assert len(content) > 16_000_000
+    content = secrets.token_bytes(2 * UPLOAD_PART_BYTES + 1_000_000)
     file = apis[0].upload(content)
     assert apis[0].request("GET", f"/v1/files/{file['id']}/content").content == content
 
@@ -177,7 +192,7 @@ def upload_once(api: Api) -> Any:
 def test_silent_upload_is_ended_and_leaves_nothing(
     apis: list[Api], store: S3Store, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("service.requests._SILENCE_SECONDS", 1.0)
+    monkeypatch.setattr("service.requests._SILENCE_SECONDS", 0.5)
     with (
         begin_upload(apis[0], b"x" * (UPLOAD_PART_BYTES + 10)) as connection,
         connection.makefile("rb") as file,
@@ -279,11 +294,16 @@ def test_job_reports_resolved_hyperparameters(apis: list[Api]):
     ],
 )
 def test_wrong_job_is_rejected_with_its_parameter(
-    apis: list[Api], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], status: int, param: str
+    any_api: Api,
+    any_file: str,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    status: int,
+    param: str,
 ):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    body = {"model": "tiny", "training_file": apis[0].upload(rows())["id"]} | changes
-    error = apis[0].post("/v1/fine_tuning/jobs", body, status)["error"]
+    body = {"model": "tiny", "training_file": any_file} | changes
+    error = any_api.post("/v1/fine_tuning/jobs", body, status)["error"]
     assert error["param"] == param
 
 
@@ -301,12 +321,12 @@ def test_wrong_job_is_rejected_with_its_parameter(
     ],
 )
 def test_wandb_settings_have_the_limits_of_wandb(
-    apis: list[Api], monkeypatch: pytest.MonkeyPatch, wandb: dict[str, Any], param: str | None
+    any_api: Api, any_file: str, monkeypatch: pytest.MonkeyPatch, wandb: dict[str, Any], param: str | None
 ):
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    body = {"model": "tiny", "training_file": apis[0].upload(rows())["id"]}
+    body = {"model": "tiny", "training_file": any_file}
     body |= {"integrations": [{"type": "wandb", "wandb": wandb}]}
-    answer = apis[0].post("/v1/fine_tuning/jobs", body, 400 if param else 200)
+    answer = any_api.post("/v1/fine_tuning/jobs", body, 400 if param else 200)
     if param:
         assert answer["error"]["param"] == f"integrations.0.wandb.{param}"
     else:
@@ -540,8 +560,8 @@ def test_health_and_metrics_need_no_key(apis: list[Api]):
         ("POST", "/v1/fine_tuning/jobs", 400),
     ],
 )
-def test_wrong_request_has_an_error_object(apis: list[Api], method: str, path: str, status: int):
-    answer = apis[0].request(method, path)
+def test_wrong_request_has_an_error_object(any_api: Api, method: str, path: str, status: int):
+    answer = any_api.request(method, path)
     assert answer.status_code == status
     assert answer.json()["error"]["message"]
 
@@ -549,8 +569,8 @@ def test_wrong_request_has_an_error_object(apis: list[Api], method: str, path: s
 @pytest.mark.parametrize(
     "body", ["[" * 100_000, "{", "[]", '{"model": NaN}', '{"model": "\\ud800"}', f'{{"seed": {"9" * 5000}}}']
 )
-def test_wrong_json_is_rejected(apis: list[Api], body: str):
-    answer = apis[0].request("POST", "/v1/fine_tuning/jobs", data=body)
+def test_wrong_json_is_rejected(any_api: Api, body: str):
+    answer = any_api.request("POST", "/v1/fine_tuning/jobs", data=body)
     assert answer.status_code == 400
     assert "JSON" in answer.json()["error"]["message"]
 

@@ -42,6 +42,10 @@ pytestmark = [
 ]
 
 
+NEEDLESS_PROCESSES = ("dashboard.py", "monitor.py", "AutoscalingCoordinator")
+"""Processes that Ray starts by default, and that would delay the start of a service on this machine, and of its jobs."""
+
+
 def check(received: dict[str, Any], model: str) -> None:
     job, failed = received["job"], received["failed"]
     assert job["status"] == "succeeded"
@@ -98,6 +102,7 @@ def test_openai_client_fine_tunes_a_model(tmp_path: Path, bucket_uri: str, tiny_
             f"tiny/{received['job']['id']}/{name}"
             for name in ("adapter_config.json", "adapter_model.safetensors")
         } <= {item.key for item in S3Store(published).list()}
+        assert not any(map(service.descendants, NEEDLESS_PROCESSES))
         service.process.send_signal(signal.SIGTERM)
         assert service.process.wait(120) == 128 + signal.SIGTERM
 

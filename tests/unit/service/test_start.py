@@ -1,6 +1,8 @@
 """The start of the service: errors and warnings before it is ready, without a cluster."""
 
 import io
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,12 +19,11 @@ from ray.serve.config import HTTPOptions
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ServeStatus
 from rich.console import Console
 
-# It is slow to import, so not within a test.
-import service.transformers_engine  # noqa: F401
 from service.app import APP_NAME
 from service.commands import ServiceError, _check_http_options, _Run
 from service.config import load_service
 from service.engine import engine_deployment
+from tests.support.jobs import PROJECT
 from tests.support.ports import free_port
 from tests.support.service import write_service
 from training.loop import ray_internals
@@ -60,6 +61,16 @@ def deployed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def engine_with(**resources: Any) -> dict[str, Any]:
     return {"tiny": {"config": "base.yaml", "resources": resources}}
+
+
+@pytest.mark.slow
+def test_only_engines_and_checks_import_torch():
+    """The process that starts the service, its other replicas and the drivers need seconds less."""
+    code = "import sys, service.app, service.drivers, service.scheduler; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=PROJECT, stdout=subprocess.PIPE, text=True, check=True
+    )
+    assert done.stdout == "False\n"
 
 
 def test_engine_reserves_memory(tmp_path: Path):

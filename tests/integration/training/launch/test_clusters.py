@@ -42,16 +42,12 @@ def config(files: Path, path: Path, **more: object) -> Path:
     return write_yaml(path, tiny_settings(files) | settings)
 
 
-@pytest.mark.parametrize(
-    ("is_local", "omitted"),
-    [(True, {DatasetsCallback, PlacementGroupCleanerCallback}), (False, {DatasetsCallback})],
-    ids=["local", "existing"],
-)
-def test_trainer_omits_ray_callbacks_that_would_delay_the_start(is_local: bool, omitted: set[type]):
+def test_trainer_omits_ray_callbacks_that_would_delay_the_start():
     """The test fails if a newer Ray creates these callbacks in another way."""
+    omitted = {DatasetsCallback, PlacementGroupCleanerCallback}
     trainer = LeanTorchTrainer(
         lambda: None,
-        is_local=is_local,
+        is_local=False,
         scaling_config=ScalingConfig(num_workers=2),
         run_config=RunConfig(name="any", failure_config=FailureConfig()),
     )
@@ -191,6 +187,21 @@ def test_ray_address_runs_a_job_on_an_existing_cluster(
     for rejected in (too_many, too_many_dry_run):
         assert rejected.exit_code == 2
         assert_names(rejected.errors, "3 workers", "CPU 3 (has 2)")
+
+
+def test_killed_driver_leaves_its_resources_to_the_next_job(
+    files: Path, tmp_path: Path, shared_cluster: RayCluster
+):
+    """Each of the two jobs needs all CPUs of the cluster."""
+    yaml = config(files, tmp_path / "killed.yaml", run_name="killed", max_steps=4000, num_epochs=None)
+    with started(yaml, shared_cluster.variables) as job:
+        job.wait_for_line("step 3/")
+        job.process.kill()
+        job.process.wait()
+        finished = run_main(
+            yaml, "run_name=next", "max_steps=1", "--json", variables=shared_cluster.variables
+        )
+    assert finished.exit_code == 0, finished.errors
 
 
 @pytest.mark.parametrize(
