@@ -830,6 +830,7 @@ def test_missing_gpu_raises_an_error_with_alternatives(rejected: Rejected):
     assert_names(message, "no CUDA device", "device: cpu", "RAY_ADDRESS")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("resource", "planned", "needed"),
     [("accelerator_type:H100", ("H100", "79.0 GiB"), "H100"), ("GPU", ("cuda", "2 workers"), "CUDA device")],
@@ -990,6 +991,7 @@ def dry_run_on_disk(directory: Path, config: Path, size: str = "300k") -> Comple
     return CompletedCommand(done.returncode, done.stdout, done.stderr)
 
 
+@pytest.mark.slow
 def test_disk_too_small_for_the_model_raises_an_error_with_output_dir(
     tiny_model: Path, tmp_path: Path, bucket_uri: str
 ):

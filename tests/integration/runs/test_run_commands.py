@@ -496,6 +496,7 @@ def test_missing_credentials_raise_an_error_with_the_variable(
     assert_names(message, "no credentials", "AWS_ACCESS_KEY_ID")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", REMOTE_COMMANDS, ids=lambda arguments: arguments[0])
 def test_unreachable_endpoint_raises_an_error_with_its_address(run_command: RunCommand, arguments: list[str]):
     port, variables = unreachable_endpoint()

@@ -172,6 +172,7 @@ def test_seed_determines_an_answer_whatever_else_is_in_the_batch(
     assert len(set(alone)) == 3
 
 
+@pytest.mark.slow
 def test_adapters_load_beside_models_that_other_threads_build(runs: Path, tiny_model: Path):
     """PEFT 0.21's low_cpu_mem_usage would leave modules of other threads without weights meanwhile."""
     engine = start_engine(tiny_model, max_adapters=8)

@@ -19,6 +19,8 @@ from tests.support.engines import LocalHandle, start_engine
 from tests.support.service import Api, rows, running_api, write_service
 from utils.storage.bucket import EMBEDDED_BUCKET
 
+pytestmark = pytest.mark.slow
+
 REQUESTS = 10_000 if os.environ.get("SERVICE_GRID") else 300
 CONNECTIONS = 1000 if os.environ.get("SERVICE_GRID") else 50
 MARK = "belongs-to-blue"

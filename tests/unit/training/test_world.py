@@ -9,6 +9,8 @@ from torch.multiprocessing.spawn import spawn
 
 from training.world import World, exclude_frozen_weights_from_sync
 
+pytestmark = pytest.mark.slow
+
 WORLD_SIZE = 2
 
 

@@ -385,6 +385,7 @@ def test_driver_whose_lease_was_taken_over_commits_nothing(run_uri: str, tmp_pat
     assert committed_steps(store) == []
 
 
+@pytest.mark.slow
 def test_commits_leak_no_threads_descriptors_objects_or_files(run_uri: str, tmp_path: Path):
     store = open_store(run_uri)
     process = psutil.Process()

@@ -23,6 +23,8 @@ from training.models.files import ModelError, is_model_file, read_adapter_facts,
 from training.models.hub import check_hub_access
 from utils.storage.bucket import open_store
 
+pytestmark = pytest.mark.slow
+
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 REPOSITORY = "ann/tuned"
 

@@ -12,6 +12,8 @@ from training.events import EventMailbox
 from training.launch.elastic import GroupSizes
 from training.loop.ray_internals import NoopDecision, ResizeDecision, ScalingDecision
 
+pytestmark = pytest.mark.slow
+
 COUNTS = (2, 6)
 """Worker counts that divide a step evenly; Ray's own policy would accept any count in the range."""
 CPUS = 9

@@ -143,6 +143,7 @@ def plan(
     return outcome
 
 
+@pytest.mark.slow
 def test_nodes_prepare_the_rows_and_store_them(settings: dict[str, Any], tmp_path: Path):
     outcome = plan(tmp_path, settings)
     calls, made = outcome.calls, outcome.made

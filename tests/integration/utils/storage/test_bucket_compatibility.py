@@ -29,7 +29,7 @@ from utils.storage.bucket import (
 )
 from utils.storage.embedded_bucket import EmbeddedBucket
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.timeout(60), pytest.mark.slow]
 MB = 1024 * 1024
 BUCKET = "my-bucket"
 POLICY = Path(__file__).resolve().parents[4] / "configs" / "iam_policy.json"

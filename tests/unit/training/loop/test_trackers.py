@@ -103,6 +103,7 @@ def test_mlflow_stores_metrics_parameters_and_tags(
     assert same.data.metrics["train/loss"] == 1.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [None, "first try"])
 def test_wandb_stores_metrics_parameters_and_tags(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str | None
