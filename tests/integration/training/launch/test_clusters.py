@@ -189,6 +189,7 @@ def test_ray_address_runs_a_job_on_an_existing_cluster(
         assert_names(rejected.errors, "3 workers", "CPU 3 (has 2)")
 
 
+@only_in_test_nodes
 def test_killed_driver_leaves_its_resources_to_the_next_job(
     files: Path, tmp_path: Path, shared_cluster: RayCluster
 ):
