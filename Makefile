@@ -77,7 +77,7 @@ quickstart: setup  ## fine-tune a real 135M model on this machine, without a GPU
 test: setup-dev  ## run the tests that are not marked slow (minutes on two cores)
 	$(PYTEST) -m "not slow"
 
-test-all: test  ## run the tests of `make test`, then those marked slow (35 minutes on two cores)
+test-all: test  ## run the tests of `make test`, then those marked slow (within an hour on two cores)
 	$(PYTEST) -m slow
 
 fuzz: setup-dev  ## prepare 10,000 generated bad files and 10,000 odd rows: each is accepted in full or rejected with its location (minutes)
