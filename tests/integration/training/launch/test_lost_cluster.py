@@ -21,7 +21,7 @@ from utils.storage.embedded_bucket import EmbeddedBucket
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
-MOST_SECONDS = 50  # measured: 1 to 14; Ray itself takes 60 for the GCS, and prints nothing
+MOST_SECONDS = 20  # measured: 1 to 14; Ray itself takes 60 for the GCS, and prints nothing
 
 
 @pytest.fixture(scope="module")

@@ -402,11 +402,11 @@ def test_unresponsive_endpoint_raises_an_error_within_seconds(
         start = time.monotonic()
         with pytest.raises(BucketError, match=rf"127\.0\.0\.1:{port}\b"):
             check_readable(own_bucket)
-        assert time.monotonic() - start < 25  # a run would wait for 30 s, twice
+        assert time.monotonic() - start < 15  # a run would wait for 30 s, twice
     start = time.monotonic()
     with pytest.raises(BucketError, match=rf"127\.0\.0\.1:{port}\b"):
         check_readable(own_bucket)
-    assert time.monotonic() - start < 20  # a run would retry for 120 s
+    assert time.monotonic() - start < 5  # a run would retry for 120 s
     monkeypatch.setenv("HTTP_PROXY", f"http://me:hunter2@127.0.0.1:{port}")
     with pytest.raises(BucketError, match=rf"proxy 127\.0\.0\.1:{port}\b"):
         check_readable(own_bucket)
