@@ -81,8 +81,11 @@ def command(config: Path, *arguments: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """Return the environment without RAY_ADDRESS, so that a run joins no existing cluster."""
-    return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    """Return the environment without RAY_ADDRESS, so that a run joins no existing cluster, and without RAY_AUTH_MODE.
+
+    `ray.init` in a test's own process sets RAY_AUTH_MODE where the user has a ~/.ray/auth_token.
+    """
+    return {name: value for name, value in os.environ.items() if name not in {"RAY_ADDRESS", "RAY_AUTH_MODE"}}
 
 
 def run_main(
