@@ -10,6 +10,7 @@ import textwrap
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -23,6 +24,7 @@ from configs.other_tools import (
     detect,
     find,
     hub_dataset,
+    keys_of,
     number,
 )
 from configs.schema import FinetuneConfig, Section, sections_of
@@ -99,6 +101,9 @@ class Conversion:
     sources: dict[str, list[str]] = field(default_factory=dict)
     """Our dotted key -> the keys that it was translated from."""
 
+    unknown: list[str] = field(default_factory=list)
+    """Keys that the table does not have, so that nothing was translated, each with its value and the nearest known key."""
+
     changes: list[str] = field(default_factory=list)
     """Differences from training with the other tool; one sentence each."""
 
@@ -135,6 +140,13 @@ class Conversion:
         """Note that training differs because of a key."""
         self.changes.append(f"{key}: {shown(value)}: {reason}")
 
+    def reject(self, key: str, value: Any, known: Iterable[str]) -> None:
+        """Note that a key is unknown, with the nearest of the known keys that the file does not have."""
+        others = [other for other in known if other not in self.theirs]
+        near = get_close_matches(key.lower(), others, n=1, cutoff=0.75)
+        meant = f": did you mean `{near[0]}`?" if near else ""
+        self.unknown.append(f"{key}: {shown(value)}: is no known key of {TOOL_NAMES[self.tool]}{meant}")
+
     def take(self, key: str, default: Any = None) -> Any:
         """Remove and return the value of their key."""
         return self.theirs.pop(key, default)
@@ -164,7 +176,7 @@ class Conversion:
         elif row is None and value is False:
             self.skip(key, "it is off")
         elif row is None:
-            self.change(key, value, "is not known here")
+            self.reject(key, value, keys_of(self.tool))
         elif row.ours is None and row.is_same(value):
             self.skip(key, SAME)
         elif row.ours is None and row.differs:
@@ -202,7 +214,7 @@ def convert(text: str, path: Path) -> Conversion:
     if tool is None:
         known = ", ".join(TOOL_NAMES.values())
         raise ConfigError(
-            f"{path}: is not a YAML of {known}. Check Anneal's own with: {main_line(str(path), '--print-config')}"
+            f"{path}: this is not a YAML of {known}. Check Anneal's own with: {main_line(str(path), '--print-config')}"
         )
     return translate(data, tool, path)
 
@@ -246,6 +258,7 @@ def convert_command(source: Path, target: Path | None) -> None:
         except OSError as error:
             raise ConfigError(f"{target}: cannot be written: {error.strerror}") from error
     lines = [f"converted {len(conversion.sources)} settings of {TOOL_NAMES[conversion.tool]}"]
+    lines += [f"not translated: {key}" for key in conversion.unknown]
     lines += [f"changes: {change}" for change in conversion.changes]
     loaded = _still_wrong(text, shown_as)
     lines += [f"to do: {line}" for line in ([] if isinstance(loaded, LoadedConfig) else loaded)]
@@ -266,6 +279,7 @@ def _header(conversion: Conversion, source: Path) -> Iterator[str]:
     yield from textwrap.wrap(text, _COLUMNS, initial_indent="# ", subsequent_indent="# ")
     unneeded = [f"{', '.join(keys)}: {reason}" for reason, keys in conversion.unneeded.items()]
     for title, items in (
+        ("Not translated:", conversion.unknown),
         ("What changes:", conversion.changes),
         ("Omitted, because nothing is needed:", unneeded),
     ):
@@ -624,9 +638,31 @@ _AXOLOTL_ROWS: dict[str, tuple[tuple[Any, ...], str]] = {
     "train_on_eot": (("turn",), "the end marker of each assistant message is in the loss"),
     "drop_system_message": ((False,), "system messages are rendered"),
     "revision": (("main",), "download the revision and name its files in `train_path`"),
-    "shards": ((1,), "all rows are used; `max_train_rows` limits them"),
+    **dict.fromkeys(
+        ("shards", "shards_idx", "preprocess_shards"),
+        ((1,), "all rows are used; `max_train_rows` limits them"),
+    ),
+    "conversation": ((), "the model's own chat template is used"),
+    **dict.fromkeys(("field_human", "field_model"), ((), _MESSAGE_KEYS)),
+    "field_tools": (("tools",), "rename the column to `tools`"),
+    **dict.fromkeys(
+        ("field_thinking", "template_thinking_key"),
+        (
+            ("reasoning_content", "reasoning", "thinking", "thought"),
+            "reasoning has one of the keys that docs/data.md lists",
+        ),
+    ),
+    "split_thinking": ((True, False), "`<think>` in the content is read as reasoning"),
+    "message_field_training": (
+        ("weight", "loss_weight", "train", "training", "trainable", "loss"),
+        "a message with `weight: 0` is not in the loss",
+    ),
+    "message_field_training_detail": ((), "a message is in the loss as a whole or not at all"),
+    **dict.fromkeys(("logprobs_field", "temperature"), ((), "distillation is not supported")),
+    "trust_remote_code": ((False,), "rows are read without running code from the data set"),
 }
 """Settings of a data set -> (values that mean what this project does, how it differs with others)."""
+_AXOLOTL_LOCATION = ("path", "type", "split", "name", "data_files")
 _AXOLOTL_DETECTED = {
     "ds_type": "the format of a file is detected",
     "roles": "the usual names of roles are recognized (docs/data.md)",
@@ -640,10 +676,16 @@ def _axolotl_rows(conversion: Conversion, item: Mapping[str, Any]) -> None:
     for key, value in item.items():
         name = f"datasets.{key}"
         row = find(key, conversion.tool)
-        same, note = _AXOLOTL_ROWS.get(key, ((False,), row.note if row else "is not known here"))
-        if value is None or name in translated or key in ("path", "type", "split", "name", "data_files"):
+        same, note = _AXOLOTL_ROWS.get(key, ((False,), row.note if row else ""))
+        if value is None or name in translated or key in _AXOLOTL_LOCATION:
             continue
-        if key in _AXOLOTL_DETECTED:
+        if not (row or key in _AXOLOTL_ROWS or key in _AXOLOTL_DETECTED):
+            conversion.reject(
+                name,
+                value,
+                [f"datasets.{known}" for known in (*_AXOLOTL_LOCATION, *_AXOLOTL_ROWS, *_AXOLOTL_DETECTED)],
+            )
+        elif key in _AXOLOTL_DETECTED:
             conversion.skip(name, _AXOLOTL_DETECTED[key])
         elif value in (row.same if row and row.same else same):
             conversion.skip(name, SAME)

@@ -97,7 +97,7 @@ def load_text(text: str, path: Path, overrides: Sequence[str] = ()) -> LoadedCon
     document = _parse(text, path)
     if tool := _other_tool(document.data):
         raise ConfigError(
-            f"{path}: is a YAML of {other_tools.TOOL_NAMES[tool]}. Translate it: {main_line('convert', str(path), '--to', 'NEW.yaml')}"
+            f"{path}: this is a YAML of {other_tools.TOOL_NAMES[tool]}. Translate it: {main_line('convert', str(path), '--to', 'NEW.yaml')}"
         )
     for number, override in enumerate(overrides):
         _apply_override(document, override, _AFTER_ALL_LINES + number)

@@ -914,6 +914,12 @@ def find(key: str, tool: Tool | None = None) -> Counterpart | None:
     return Counterpart("halt", key, None, note=reason) if reason else None
 
 
+def keys_of(tool: Tool) -> list[str]:
+    """Return the keys of a tool that have a counterpart, or need none."""
+    own = [row.theirs for row in TABLE if tool in tools_of(row)]
+    return [*own, *SAME_NAME, *" ".join(NOT_NEEDED.values()).split()]
+
+
 def tools_of(row: Counterpart) -> list[Tool]:
     """Return the tools that have the row's key."""
     return [_LETTERS[letter] for letter in row.tools]

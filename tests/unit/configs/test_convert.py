@@ -426,14 +426,12 @@ def test_values_that_match_our_behavior_are_listed_as_the_same(tool: str):
 def test_default_settings_of_axolotls_datasets_are_listed_as_the_same_and_others_as_changes():
     same = (
         "chat_template: tokenizer_default, field_messages: messages, message_field_role: from, message_field_content: value, "
-        "roles_to_train: [assistant], train_on_eos: turn, message_property_mappings: {role: role, content: content}"
+        "roles_to_train: [assistant], train_on_eos: turn, message_property_mappings: {role: role, content: content}, split_thinking: true"
     )
     conversion = converted(f"base_model: org/m\ndatasets: [{{path: a.jsonl, type: chat_template, {same}}}]\n")
-    assert len(conversion.unneeded[SAME]) == 7
+    assert len(conversion.unneeded[SAME]) == 8
     assert not any(change.startswith("datasets") for change in conversion.changes)
-    other = (
-        "roles_to_train: [user], train_on_eos: all, shards: 10, split_thinking: true, message_field_role: who"
-    )
+    other = "roles_to_train: [user], train_on_eos: all, shards: 10, field_tools: functions, message_field_role: who"
     changes = "\n".join(
         converted(f"base_model: org/m\ndatasets: [{{path: a.jsonl, {other}, ds_type: json}}]\n").changes
     )
@@ -515,7 +513,6 @@ def test_variables_in_texts_are_kept_for_any_number_of_data_sets(
             ),
         ),
         ("chat_template: llama3", ("chat_template", "model's own")),
-        ("made_up: 3", ("made_up: 3", "not known")),
         ("roles_to_train: [user, assistant]", ("roles_to_train", "turns: last")),
         ("resume_from_checkpoint: out/checkpoint-9", ("out/checkpoint-9", "cannot be resumed")),
         ("metric_for_best_model: accuracy", ("accuracy", "lowest eval loss")),
@@ -524,6 +521,38 @@ def test_variables_in_texts_are_kept_for_any_number_of_data_sets(
 def test_keys_without_a_counterpart_are_listed_as_changes(lines: str, facts: tuple[str, ...]):
     conversion = converted(f"base_model: org/m\ndatasets: [{{path: rows.jsonl}}]\n{lines}\n")
     assert_names("\n".join(conversion.changes), *facts)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("made_up: 3", "made_up: 3: is no known key of Axolotl"),
+        (
+            "micro_batch_sise: 3",
+            "micro_batch_sise: 3: is no known key of Axolotl: did you mean `micro_batch_size`?",
+        ),
+        ("lora_rr: 3\nlora_r: 8", "lora_rr: 3: is no known key of Axolotl"),  # lora_r is in the file
+        ("model.lora_rnk: 3", "model.lora_rnk: 3: is no known key of Axolotl"),
+    ],
+)
+def test_unknown_keys_are_listed_first_with_the_nearest(
+    text: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    source = tmp_path / "other.yaml"
+    source.write_text(
+        f"base_model: org/m\nadapter: lora\ndatasets: [{{path: rows.jsonl}}]\n{text}\nneftune_noise_alpha: 5\n"
+    )
+    assert main.main(["convert", str(source)]) == 0
+    shown = capsys.readouterr()
+    assert shown.err.splitlines()[1] == f"not translated: {expected}"
+    assert shown.out.splitlines()[1:4] == ["#", "# Not translated:", f"# - {expected}"]
+
+
+def test_unknown_key_of_a_data_set_is_named_with_the_nearest():
+    conversion = converted("base_model: m\ndatasets: [{path: rows.jsonl, feild_messages: chat}]\n")
+    assert conversion.unknown == [
+        "datasets.feild_messages: 'chat': is no known key of Axolotl: did you mean `datasets.field_messages`?"
+    ]
 
 
 @pytest.mark.parametrize(
