@@ -79,12 +79,15 @@ def show_run(console: Console, run: RunDetails) -> None:
         ),
     ]
     if run.result:
-        is_older = "" if run.status == run.result.status else ", at the end of the previous attempt"
+        is_older = run.status != run.result.status
         facts += [
             ("started from", run.result.parent or f"{run.config.get('model_id', 'the model')}, unchanged"),
-            ("trained", describe_training(run) + is_older),
+            (
+                "trained",
+                describe_training(run) + (", at the end of the previous attempt" if is_older else ""),
+            ),
             ("versions", ", ".join(f"{name} {version}" for name, version in run.result.versions.items())),
-            *log_facts(run.result.log_files),
+            *log_facts(run.result.log_files, " (the previous attempt's)" if is_older else ""),
         ]
     print_facts(console, [*facts, *(("damaged", line) for line in run.damage), *_next(run)])
 
@@ -184,12 +187,12 @@ def show_warning(console: Console, warning: str) -> None:
 
 
 def print_eval_losses(console: Console, losses: Sequence[EvalLoss]) -> None:
-    """Print one line per evaluation and mark the best one; there must be at least one."""
+    """Print one line per evaluation and mark the lowest loss, which may have no checkpoint; there must be at least one."""
     beside = list(losses[0].figures)
     table = _table(">step", ">epoch", ">eval loss", ">", *(f">{short_name(name)}" for name in beside))
     lowest = min(loss.eval_loss for loss in losses)
     for loss in losses:
-        mark = "best" if loss.eval_loss == lowest else ""
+        mark = "lowest" if loss.eval_loss == lowest else ""
         figures = [f"{loss.figures[name]:.4f}" for name in beside]
         table.add_row(str(loss.step), f"{loss.epoch:.2f}", f"{loss.eval_loss:.4f}", mark, *figures)
     _print_table(console, table)
@@ -233,8 +236,13 @@ def _wrapped(text: str, width: int) -> list[str]:
     return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [text]
 
 
-def log_facts(files: Sequence[str]) -> list[tuple[str, str]]:
-    """Return the log files as facts to print: one line per file or, for more than two in a directory, per directory."""
+def log_facts(files: Sequence[str], whose: str = "") -> list[tuple[str, str]]:
+    """Return the log files as facts to print: one line per file or, for more than two in a directory, per directory.
+
+    Args:
+        files: Their paths.
+        whose: Added to each line.
+    """
     directories: dict[Path, list[Path]] = {}
     for file in map(Path, files):
         directories.setdefault(file.parent, []).append(file)
@@ -242,7 +250,7 @@ def log_facts(files: Sequence[str]) -> list[tuple[str, str]]:
     for directory, logs in directories.items():
         elsewhere = "" if any(log.exists() for log in logs) else ", on the machine of the worker"
         named = [f"{directory}/*.log ({len(logs)} files)"] if len(logs) > 2 else list(map(str, logs))
-        lines += [f"{name}{elsewhere}" for name in named]
+        lines += [f"{name}{elsewhere}{whose}" for name in named]
     return [("" if number else "library output", line) for number, line in enumerate(lines)]
 
 

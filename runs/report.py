@@ -67,7 +67,7 @@ def _summary(report: RunReport) -> list[tuple[str, str]]:
     return [
         ("status", f"{result.status}: {result.reason}"),
         *((f"restart {number}", failure) for number, failure in enumerate(result.failures, 1)),
-        ("eval loss", f"{losses[0]:.4f} initial, {min(losses):.4f} best" if losses else "none"),
+        ("eval loss", f"{losses[0]:.4f} initial, {min(losses):.4f} lowest" if losses else "none"),
         ("started from", result.parent or report.base_model),
         (
             "trained",
@@ -75,7 +75,7 @@ def _summary(report: RunReport) -> list[tuple[str, str]]:
         ),
         *([("throughput", f"{speed:,.0f} tokens/s, all workers")] if speed else []),
         *([("peak memory", f"{format_bytes(peak)}, first worker")] if peak else []),
-        ("duration", f"{result.elapsed_seconds:,.0f} s"),
+        ("duration", f"{result.elapsed_seconds:,.0f} s, the latest attempt"),
         ("ended", result.ended or ""),
         ("trainable parameters", f"{result.trainable_parameters:,}"),
         ("run", result.run_uri),

@@ -247,10 +247,13 @@ def _train(
     driver_log: Path,
     local_workers: "LocalWorkers | None",
 ) -> "RunResult":
+    from training.checkpoints.lease import check_not_held
     from training.launch.display import show_plan
     from training.planning.devices import check_devices_are_here
+    from utils.storage.bucket import open_store
 
     check_devices_are_here(plan.config, plan.device, plan.resolved.target)
+    check_not_held(open_store(plan.run_uri))  # before the plan is printed
     with watch.paused():
         show_plan(screen.main, report)
     watch.phase("starting the workers")

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from configs.loading import ConfigError
 from configs.schema import ExportConfig
-from runs.layout import EXPORT_FILE, Export, FileRecord, export_uri
+from runs.layout import EXPORT_FILE, Export, FileRecord, Verification, export_uri
 from runs.reading import read_metrics, read_result, sizes
 from training.checkpoints.weights import fetch_weights
 from training.data.prompting import stop_tokens
@@ -62,6 +62,9 @@ _LARGEST_SHARD = "5GB"
 _UNFINISHED = "EXPORT.unfinished"
 _CARD = "README.md"
 _NOT_VERIFIED = "The export was not verified"
+_ROUNDING = "Rounding the weights to"
+_NOTED_RISE = 0.01
+"""Rise of the loss in nats from which the rounding of the weights is noted: 1 % of the perplexity."""
 _SERVED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
 """Settings of a generation config that vLLM uses for requests without them."""
 _LONGROPE_OF_PHI_3 = {"short_factor", "long_factor"}
@@ -258,7 +261,7 @@ def _verify_in_place(
     # Without the card: it is written again before the record, and an interruption may have come between.
     kept = [file for file in written.files if file.path != _CARD]
     directory = _fetch(written.model_copy(update={"files": kept}), trained.cache)
-    notes = [note for note in written.notes if not note.startswith(_NOT_VERIFIED)]
+    notes = [note for note in written.notes if not note.startswith((_NOT_VERIFIED, _ROUNDING))]
     unverified = written.model_copy(update={"notes": notes})
     verified = _verified(
         trained, unverified, settings, directory, progress, f"{written.uri} and its record are unchanged."
@@ -360,7 +363,20 @@ def _verified(
         verification = verify_export(trained, planned, directory, in_vllm=in_vllm, progress=progress)
     except ModelError as error:
         raise ModelError(f"{error} {if_wrong}") from error
-    return planned.model_copy(update={"verification": verification})
+    notes = [*planned.notes, *_rounding_note(planned, verification, merges=trained.base is not None)]
+    return planned.model_copy(update={"verification": verification, "notes": notes})
+
+
+def _rounding_note(planned: Export, verified: Verification, *, merges: bool) -> list[str]:
+    """Return a note about a rise of the loss that the dtype of an export causes, with what to do; none for a small rise."""
+    if planned.dtype in (None, "fp32") or verified.loss is None or verified.loss_as_trained is None:
+        return []
+    rise = verified.loss - verified.loss_as_trained
+    otherwise = ", or the adapter by itself with --no-merge" if merges else ""
+    advice = (
+        f"{_ROUNDING} {planned.dtype} raises the loss by {rise:.2g}: export with --dtype fp32{otherwise}."
+    )
+    return [advice] if rise >= _NOTED_RISE else []
 
 
 # --- Conversion ---------------------------------------------------------------------------------------------------

@@ -291,7 +291,7 @@ def show_result(console: Console, result: RunResult, command: Sequence[str], *, 
         ("run", result.run_uri),
         ("trained", _describe_trained(result)),
         *_describe_speed(result.speed),
-        ("duration", f"{result.elapsed_seconds:.0f} s"),
+        ("duration", f"{result.elapsed_seconds:.0f} s from the start of this command"),
         *log_facts(result.log_files),
     ]
     if result.status == "completed" and result.best_checkpoint:
@@ -341,7 +341,7 @@ def _describe_speed(speed: Speed) -> list[tuple[str, str]]:
             f"{speed.tokens_per_second:,.0f} tokens/s ({speed.trained_tokens_per_second:,.0f} loss tokens/s){mfu}, "
             f"{format_bytes(speed.peak_memory_bytes)} peak memory per worker",
         ),
-        ("time in training", f"{total:,.0f} s: {', '.join(phases)}"),
+        ("time in training", f"{total:,.0f} s in this attempt: {', '.join(phases)}"),
     ]
 
 

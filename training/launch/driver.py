@@ -3,6 +3,7 @@
 import asyncio
 import os
 import shutil
+import signal
 import threading
 import time
 import traceback
@@ -67,8 +68,6 @@ from training.planning.plan import RunPlan
 from training.planning.report import PlanReport
 from utils.processes import SENT_AS_SIGTERM, record_signals
 from utils.storage.bucket import BucketError, Store, is_remote, local_path, open_store
-
-STOPPING = Notice("stopping after the next checkpoint; a second signal stops at once")
 
 _SIGNAL_POLL_SECONDS = 0.1  # Python merges two signals into one while Ray waits
 _WAIT_FOR_LOST_NODES_SECONDS = 20
@@ -373,7 +372,7 @@ def _follow(mailbox: Any, signals: Sequence[int], state: RunState) -> None:
     while not _leaves_at_once(signals, state, has_asked):
         if signals and not has_asked:
             has_asked = True
-            state.on_event(STOPPING)
+            state.on_event(stopping(signals[0], state.stopped_by))
             mailbox.request_stop.remote()
         if lost := vitals().lost:
             raise ClusterLostError(lost)
@@ -387,6 +386,15 @@ def _follow(mailbox: Any, signals: Sequence[int], state: RunState) -> None:
         for event in events:
             state.on_event(event)
         news = mailbox.take.remote()
+
+
+def stopping(number: int, stopped_by: str | None) -> Notice:
+    """Return what the driver does after its first signal, or after the signal that it sent itself for `main.py stop`."""
+    if stopped_by:
+        return Notice("stopping after the next checkpoint; Ctrl-C stops at once")
+    return Notice(
+        f"stopping on {signal.Signals(number).name} after a checkpoint; a second signal stops at once"
+    )
 
 
 def _leaves_at_once(signals: Sequence[int], state: RunState, has_asked: bool) -> bool:

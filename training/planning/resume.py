@@ -11,7 +11,7 @@ from training.checkpoints.store import read_manifest, resolve_start
 from training.models.files import AdapterFacts, is_hub_id
 from training.planning.deepspeed import Execution, check_resharding, offloads
 from training.planning.paths import about_key, absolute
-from utils.storage.bucket import Store, check_readable, is_remote, open_store
+from utils.storage.bucket import Store, check_readable, open_store
 
 # A restored trainer state retains its position in the rows, its optimizer and its schedule. Keys that determine none of
 # them may change; a longer run takes its schedule over the new length.
@@ -48,9 +48,8 @@ def starting_weights(config: FinetuneConfig, storage: str) -> tuple[str, str | N
         base = config.model_id
     else:
         base = absolute(config.model_id)
-        if is_remote(base):
-            with about_key("model_id"):
-                check_readable(base)
+        with about_key("model_id"):
+            check_readable(base)
     if config.initial_adapter_model_ckpt_path:
         adapter = resolve("initial_adapter_model_ckpt_path", config.initial_adapter_model_ckpt_path, storage)
     return base, adapter, adapter or (base if config.initial_base_model_ckpt_path else None)

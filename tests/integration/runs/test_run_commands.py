@@ -240,7 +240,7 @@ def test_show_prints_result_config_losses_checkpoints_and_damage(storage: Store,
     for part in (
         uri,
         "completed",
-        "1.5000  best",
+        "1.5000  lowest",
         "some/model",
         "12,345 tokens",
         "5 h ago",
@@ -248,6 +248,20 @@ def test_show_prints_result_config_losses_checkpoints_and_damage(storage: Store,
     ):
         assert part in output
     assert re.search(r"checkpoints/step-000010/model\.safetensors .*bytes", output)
+
+
+def test_figures_and_log_of_a_previous_attempt_are_named_as_such(tmp_path: Path):
+    storage, losses = open_store(str(tmp_path)), eval_losses(2.0)
+    previous = make_result(storage.uri_of("a"), losses, status="stopped").model_copy(
+        update={"log_files": ["/logs/a.log"]}
+    )
+    uri = write_run(storage, "a", losses, result=previous)
+    write_lease(storage, "a", number=2)
+    console = Console(file=StringIO(), width=1000)
+    show_run(console, read_run(uri))
+    shown = console.file.getvalue()
+    assert re.search(r"^trained .*, at the end of the previous attempt$", shown, re.MULTILINE)
+    assert re.search(r"^library output +/logs/a.log.* \(the previous attempt's\)$", shown, re.MULTILINE)
 
 
 @pytest.mark.parametrize("status", ["completed", "stopped", "failed", "running", "interrupted"])

@@ -78,7 +78,7 @@ def test_page_is_self_contained_and_complete():
     ]
     for part in (
         "completed: all steps done",
-        "2.0000 initial, 1.2500 best",
+        "2.0000 initial, 1.2500 lowest",
         "12,345 tokens",
         "model_id: org/base",
         "cpu, 2 workers",

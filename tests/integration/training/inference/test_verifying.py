@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from configs.schema import ExportConfig
-from runs.layout import EXPORT_FILE, Export
+from runs.layout import EXPORT_FILE, Export, Verification
 from tests.support.adapters import FILE, change_config, change_tensors
 from tests.support.tiny_model import make_model
 from tests.support.trained_runs import store_adapter_run, store_full_run
@@ -50,6 +50,37 @@ def test_correct_export_differs_by_rounding_only(run: str, dtype: str):
         == verified.tokens
     )
     assert "verified in fp32" in (Path(exported.uri) / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("rise", "note"),
+    [
+        (0.009, []),
+        (
+            0.24,
+            [
+                "Rounding the weights to bf16 raises the loss by 0.24: export with --dtype fp32, or the adapter by itself with --no-merge."
+            ],
+        ),
+    ],
+)
+def test_rise_of_the_loss_by_rounding_is_noted(
+    run: str, rise: float, note: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It is no fault of the export, which passes."""
+    compare = verifying.verify_export
+
+    def with_rise(*arguments: Any, **keywords: Any) -> Verification:
+        found = compare(*arguments, **keywords)
+        assert found.loss_as_trained is not None
+        return found.model_copy(update={"loss": found.loss_as_trained + rise})
+
+    monkeypatch.setattr(verifying, "verify_export", with_rise)
+    exported = export(run, dtype="bf16", to=str(tmp_path / "bf16"))
+    assert [line for line in exported.notes if line.startswith("Rounding")] == note
+    again = export(run, dtype="bf16", to=str(tmp_path / "bf16"), verify=True)
+    assert [line for line in again.notes if line.startswith("Rounding")] == note
+    assert export(run, dtype="fp32", to=str(tmp_path / "fp32")).notes == []
 
 
 def test_exported_adapter_and_full_model_are_verified(run: str, tiny_model: Path, tmp_path: Path):
