@@ -17,6 +17,8 @@ from utils.command_line import main_line
 
 REJECTED = 2
 """Exit code of a rejected command line."""
+_RESUMING = ("resume", "continue", "restart")
+"""Words for which there is no command; `remove` resembles one of them."""
 _COMMANDS_OF_OTHERS = {
     "preprocess": ["CONFIG.yaml", "--dry-run"],
     "inference": ["chat", "RUN"],
@@ -85,6 +87,9 @@ def explain_first(arguments: list[str], commands: Collection[str]) -> str | None
     first, *others = arguments
     if first == "train" and not Path("train").exists():
         return f"train: {_describe_training(others)}"
+    if first in _RESUMING and not Path(first).exists():
+        config = [argument for argument in others if argument.endswith((".yaml", ".yml"))][:1]
+        return f"{first}: the command that started a run also resumes it: {main_line(*config or ['CONFIG.yaml'])}"
     if other := _COMMANDS_OF_OTHERS.get(first.replace("_", "-")):
         return f"{first}: a command of another tool. Here it is: {main_line(*other)}"
     if meant := _behind_its_argument(arguments, commands):

@@ -262,6 +262,10 @@ def convert_command(source: Path, target: Path | None) -> None:
     lines += [f"changes: {change}" for change in conversion.changes]
     loaded = _still_wrong(text, shown_as)
     lines += [f"to do: {line}" for line in ([] if isinstance(loaded, LoadedConfig) else loaded)]
+    if target is not None and conversion.unknown:
+        lines.append(
+            f"next: correct the keys in {source}, remove {target}, and convert again; or check it as it is"
+        )
     if target is not None:
         lines.append(f"next: {main_line(str(target), '--dry-run')}")
     sys.stderr.write("\n".join(lines) + "\n")

@@ -224,7 +224,7 @@ def _apply_override(document: Document, override: str, order: int) -> None:
     origin = Origin(f"override '{shown(key)[1:-1]}{separator}{value_shown}'", order, from_override=True)
     path = tuple(key.split("."))
     if not separator or not all(path) or len(path) > MAX_DEPTH:
-        advice = "write key=value, or section.key=value"
+        advice = "write key=value or section.key=value, without spaces around ="
         if not separator and key.endswith((".yaml", ".yml")):
             advice = "one command runs one YAML"
         document.problems.append(Problem((override,), origin, f"invalid override: {advice}"))

@@ -125,9 +125,11 @@ def list_runs(storage: str) -> list[RunSummary]:
 
 
 def _no_runs(storage: str) -> str:
-    return (
-        f"{storage}: there are no runs yet. Check the spelling, or start a run with storage_path: {storage}"
-    )
+    if storage == default_storage():
+        elsewhere = f"Those of a YAML with storage_path are listed by: {main_line('runs', 'STORAGE_PATH')}"
+    else:
+        elsewhere = f"Check the spelling, or start a run with storage_path: {storage}"
+    return f"{storage}: there are no runs yet. {elsewhere}"
 
 
 def read_run(uri: str) -> RunDetails:

@@ -37,6 +37,10 @@ from utils.storage.bucket import NotFoundError, open_store
         (["trian"], ("trian", "no such file or command", "runs", "evaluate")),
         (["exprot"], ("exprot", "main.py export")),
         (["help"], ("help", "no such file or command")),
+        (
+            ["resume", "run.yaml"],
+            ("resume: the command that started a run also resumes it: ", "main.py run.yaml"),
+        ),
         (["run.yaml", "--learning_rate=3"], ("--learning_rate:", " learning_rate=3 ")),
         (["run.yaml", "--max_steps", "20"], ("--max_steps", " max_steps=20 ")),
         (["run.yaml", "--max_steps", "--json"], ("--max_steps", " max_steps=VALUE ")),

@@ -432,6 +432,14 @@ def test_comparing_a_run_with_itself_raises_an_error(run_command: RunCommand, tm
     assert not picture.exists()
 
 
+def test_empty_default_storage_names_the_command_for_another(
+    run_command: RunCommand, storage: Store, monkeypatch: pytest.MonkeyPatch
+):
+    """A converted YAML stores its runs in a directory."""
+    monkeypatch.setenv("ANYSCALE_ARTIFACT_STORAGE", storage.uri_of("nowhere"))
+    assert_names(error_of(run_command("runs")), "there are no runs yet", "main.py runs STORAGE_PATH")
+
+
 @pytest.mark.parametrize("command", ["runs", "show"])
 def test_uri_without_runs_is_an_error(run_command: RunCommand, storage: Store, command: str):
     nowhere = storage.uri_of("nowhere")
