@@ -87,7 +87,9 @@ test-resume: setup-dev  ## kill and resume runs at each stage, for each method a
 	RESUME_GRID=1 $(BIN)/python -m pytest -n 2 tests/integration/training/checkpoints/test_resume.py tests/integration/training/checkpoints/test_resharding.py \
 		tests/integration/training/launch/test_signals.py tests/integration/training/inference/test_command_signals.py \
 		tests/integration/training/launch/test_push_to_hub.py \
-		tests/integration/training/launch/test_continue.py tests/integration/training/launch/test_run_life.py
+		tests/integration/training/launch/test_continue.py tests/integration/training/launch/test_run_life.py \
+		tests/integration/training/launch/test_base_revision.py tests/integration/training/loop/test_intervals.py \
+		tests/integration/test_rejections.py
 
 test-kernels: setup-dev  ## test every combination of kernel and method on CPU, every kind of adapter in each use, and every part of bench-gpu; `make test-all` runs a sample
 	ALL_KERNELS=1 $(BIN)/python -m pytest tests/integration/training/loop/test_loss_equality.py tests/integration/training/loop/test_adapter_kinds.py \
@@ -102,7 +104,8 @@ test-cookbooks: setup-dev  ## run every cookbook that needs no GPU, with a tiny 
 
 test-nodes: setup-dev  ## remove nodes from a cluster and add them back during a run, and kill the daemons of a head; `make test-all` runs a sample (20 minutes)
 	ALL_NODES=1 $(BIN)/python -m pytest tests/integration/training/launch/test_two_nodes.py tests/integration/training/launch/test_clusters.py \
-		tests/integration/training/launch/test_lost_cluster.py tests/integration/training/launch/test_head_start.py
+		tests/integration/training/launch/test_lost_cluster.py tests/integration/training/launch/test_head_start.py \
+		tests/integration/training/launch/test_rows_on_cluster.py tests/integration/training/inference/test_evaluate_on_cluster.py
 
 test-submit: setup-dev setup-cluster  ## submit runs to a job server, and follow, stop and resume them (installs packages that slow the start of every Ray cluster)
 	$(BIN)/python -m pytest tests/integration/training/launch/test_submission.py tests/integration/training/launch/test_clusters.py

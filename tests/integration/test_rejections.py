@@ -18,6 +18,7 @@ from main import main
 from tests.support.adapters import change_tensors, write_adapter
 from tests.support.faults import require_small_disks, small_disk_prefix
 from tests.support.front_door import run_main_quickly
+from tests.support.grids import only_in_test_resume
 from tests.support.jobs import PROJECT, CompletedCommand, command, environment, run_main, write_yaml
 from tests.support.messages import assert_names
 from tests.support.tiny_model import make_model, make_tokenizer, write_data, write_preference_pairs
@@ -257,6 +258,7 @@ def test_file_in_the_place_of_a_scratch_directory_raises_an_error_with_its_path(
 
 
 @pytest.mark.slow
+@only_in_test_resume
 def test_worker_that_cannot_write_its_log_fails_the_run_once(tiny_model: Path, tmp_path: Path):
     config = config_file(tmp_path, tiny_model, run_name="one")
     log = tmp_path / "scratch" / "logs" / "one"

@@ -331,6 +331,7 @@ class RunState:
                 self.model = event
             case StepDone(step=step):
                 self.last_step = step
+                self.is_waiting = False  # on a busy machine, the controller sends WorkersStarted later
             case WorkersWaiting():
                 self.is_waiting = True
                 self.last_step = 0  # uncommitted steps are lost

@@ -108,6 +108,7 @@ def test_openai_client_fine_tunes_a_model(tmp_path: Path, bucket_uri: str, tiny_
 
 
 @pytest.mark.slow
+@only_in_test_service
 def test_openai_client_trains_on_preferences(tmp_path: Path, bucket_uri: str, tiny_model: Path):
     base = {"output_dir": str(tmp_path / "scratch"), "train_batch_size_per_device": 2, "learning_rate": 1e-2}
     config = write_service(tmp_path, bucket_uri, str(tiny_model), base)
@@ -221,6 +222,7 @@ def failed_serve(config: Path, variables: dict[str, str], port: int | None = Non
 
 
 @pytest.mark.slow
+@only_in_test_service
 def test_stopped_service_leaves_other_applications_running(tmp_path: Path, bucket_uri: str, tiny_model: Path):
     config = write_service(tmp_path, bucket_uri, str(tiny_model), {"output_dir": str(tmp_path / "scratch")})
     port = free_port()
@@ -264,6 +266,7 @@ def test_start_that_fails_leaves_a_running_service(tmp_path: Path, bucket_uri: s
 
 
 @pytest.mark.slow
+@only_in_test_service
 def test_process_exits_once_another_has_replaced_its_service(
     tmp_path: Path, bucket_uri: str, tiny_model: Path
 ):
@@ -283,6 +286,7 @@ def test_process_exits_once_another_has_replaced_its_service(
 
 
 @pytest.mark.slow
+@only_in_test_service
 def test_process_that_stops_passes_its_service_to_the_one_that_replaces_it(
     tmp_path: Path, bucket_uri: str, tiny_model: Path
 ):
@@ -318,6 +322,7 @@ def test_process_that_stops_passes_its_service_to_the_one_that_replaces_it(
 
 
 @pytest.mark.slow
+@only_in_test_service
 def test_service_that_cannot_start_is_an_error_and_leaves_no_application(
     tmp_path: Path, bucket_uri: str, tiny_model: Path
 ):
@@ -419,6 +424,7 @@ def test_openai_client_fine_tunes_the_quickstart_model(tmp_path: Path, bucket: E
 
 
 @pytest.mark.slow
+@only_in_test_service
 def test_idle_connection_stays_open(tmp_path: Path, bucket_uri: str, tiny_model: Path):
     config = write_service(tmp_path, bucket_uri, str(tiny_model), {"output_dir": str(tmp_path / "scratch")})
     with served(config) as service:

@@ -28,6 +28,7 @@ from runs.reading import committed
 from tests.conftest import KILLS
 from tests.support.bucket_proxy import Trap, bucket_proxy
 from tests.support.faults import ConsumedRow, injection, read_ledger
+from tests.support.grids import only_in_test_resume
 from tests.support.jobs import Job, started, write_yaml
 from tests.support.own_buckets import set_up_own_bucket
 from tests.support.tiny_model import make_model, write_data, write_preference_pairs, write_unpaired_rows
@@ -140,8 +141,7 @@ FAST = Chain(Setup("lora", 1, 1, "ddp"), 2, (Kill.AFTER_STEP,))
 """The only chain that is not marked slow."""
 SAMPLE = [
     FAST,
-    Chain(Setup("full", 4, 2, "zero_2"), 2, (Kill.BEFORE_MANIFEST, Kill.AFTER_MANIFEST)),
-    Chain(Setup("lora", 1, 1, "ddp", "extended"), 2, (Kill.MID_SAVE, Kill.MID_UPLOAD)),
+    Chain(Setup("full", 4, 2, "zero_2"), 2, (Kill.MID_UPLOAD, Kill.AFTER_MANIFEST)),
 ]
 CHAINS = GRID if os.environ.get("RESUME_GRID") else SAMPLE
 SABOTAGED = Setup("lora", 1, 1, "ddp")
@@ -479,6 +479,7 @@ def copy_of(stopped: Run, files: Path, name: str) -> Run:
 
 
 @pytest.mark.slow
+@only_in_test_resume
 def test_stopped_run_resumes_after_the_step_of_the_signal(
     stopped: tuple[Run, int, int], files: Path, references: References
 ):
@@ -493,6 +494,7 @@ def test_stopped_run_resumes_after_the_step_of_the_signal(
 
 
 @pytest.mark.slow
+@only_in_test_resume
 @pytest.mark.parametrize("part", ["rng", "optimizer", "position"])
 def test_comparison_detects_state_that_is_not_restored(
     part: str, stopped: tuple[Run, int, int], files: Path, references: References

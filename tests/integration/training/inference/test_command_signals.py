@@ -75,7 +75,6 @@ PHASES: dict[str, tuple[str, Callable[[Command], bool]]] = {
 """The command line of each phase, and when the phase has begun."""
 GRID = [(phase, sent) for phase in PHASES for sent in SENT]
 SAMPLE = [
-    ("evaluate: generating", "SIGTERM"),
     ("chat: answering", "SIGINT"),
     ("convert", "SIGINT twice"),
 ]
@@ -111,7 +110,7 @@ def begun(
     """Run a command until a phase has begun; yield it with its processes, and kill it when the block exits."""
     command = Command(directory, [str(paths.get(word, word)) for word in line.split()])
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not has_begun(command):
             assert command.process.poll() is None, command.errors
             assert time.monotonic() < deadline, command.errors

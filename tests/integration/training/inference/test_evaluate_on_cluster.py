@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.grids import only_in_test_nodes
 from tests.support.jobs import PROJECT, environment
 from tests.support.messages import assert_names
 from tests.support.ray_cluster import held_cpu, ray_cluster
@@ -25,6 +26,7 @@ def _wait_for(file: Path, text: str) -> None:
         time.sleep(0.5)
 
 
+@only_in_test_nodes
 def test_evaluation_names_what_it_waits_for_and_a_lost_cluster(tiny_model: Path, tmp_path: Path):
     write_data(tmp_path, train_rows=4, valid_rows=4)
     run = store_full_run(

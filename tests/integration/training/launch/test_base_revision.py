@@ -7,6 +7,7 @@ import pytest
 from safetensors.torch import load_file, save
 
 from runs.layout import Export
+from tests.support.grids import only_in_test_resume
 from tests.support.hub import Repository, running_hub
 from tests.support.jobs import run_main, tiny_settings, write_yaml
 from tests.support.tiny_model import make_model_and_data
@@ -15,6 +16,7 @@ pytestmark = pytest.mark.slow
 BASE = "org/base"
 
 
+@only_in_test_resume
 def test_adapter_is_used_and_trained_on_the_commit_that_it_was_trained_on(tmp_path: Path):
     make_model_and_data(tmp_path)
     model = tmp_path / "model"

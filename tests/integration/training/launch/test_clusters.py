@@ -271,6 +271,7 @@ def test_job_waits_for_the_cluster_to_scale_up(files: Path, tmp_path: Path):
     assert finished.result["train_steps"] == 5
 
 
+@only_in_test_nodes
 def test_commits_and_preemption_checks_do_not_deadlock(
     files: Path, tmp_path: Path, shared_cluster: RayCluster
 ):

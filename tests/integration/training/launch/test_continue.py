@@ -410,6 +410,7 @@ def test_extended_run_has_the_losses_of_an_uninterrupted_run(files: Path):
     assert losses["extended"] == losses["uninterrupted"]
 
 
+@only_in_test_resume
 def test_extended_run_takes_its_schedule_over_the_new_length(files: Path):
     """The shorter run's cosine has ended at 0, but no further step is taken at rate 0."""
     rates: dict[str, list[float]] = {}

@@ -114,6 +114,7 @@ def test_cluster_that_is_lost_while_a_dry_run_asks_it(files: Path, tmp_path: Pat
         assert "gcs_server.out" in end_of(job, time.monotonic())
 
 
+@only_in_test_nodes
 def test_cluster_that_is_lost_while_it_prepares_rows(files: Path, bucket: EmbeddedBucket, tmp_path: Path):
     with pytest.MonkeyPatch.context() as patch:
         uri = set_up_own_bucket(patch, bucket, "lost")

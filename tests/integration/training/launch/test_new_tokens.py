@@ -75,6 +75,7 @@ def test_sharded_model_grows_by_new_tokens(settings: dict[str, Any], tmp_path: P
     assert model.lm_head.weight[WORK].abs().sum() > 0
 
 
+@only_in_test_kernels
 def test_tokens_trained_by_dpo_are_evaluated(settings: dict[str, Any], tmp_path: Path):
     """The reference is the model with the rows that the tokens start with, and evaluation answers as the merged model does."""
     files = Path(settings["model_id"]).parent

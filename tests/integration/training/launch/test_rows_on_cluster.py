@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.support.faults import small_shard_variables
+from tests.support.grids import only_in_test_nodes
 from tests.support.jobs import CompletedCommand, run_main, started, tiny_settings, write_yaml
 from tests.support.messages import assert_names
 from tests.support.own_buckets import set_up_own_bucket
@@ -131,6 +132,7 @@ def test_lost_node_costs_its_shards_only_and_the_files_are_those_of_one_machine(
     assert list((head / "anneal" / "cache").glob("**/data-*.arrow")), "the node that trains has the tokens"
 
 
+@only_in_test_nodes
 def test_faults_of_rows_are_reported_as_by_one_machine(
     cluster: RayCluster, files: Path, bucket_uri: str, tmp_path: Path
 ):

@@ -456,6 +456,7 @@ def test_killed_driver_is_reported_by_its_parent(files: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
+@only_in_test_resume
 def test_lost_worker_without_retries_fails_the_run_and_a_rerun_resumes(files: Path, tmp_path: Path):
     config = write_yaml(tmp_path / "lost.yaml", settings(files, **LONG, **EVERY_50, run_name="lost"))
     with started(config, injection(tmp_path / "ledger", hold="after_step:75")) as job:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support.faults import injection
+from tests.support.grids import only_in_test_resume
 from tests.support.jobs import read_metrics, run_main, started, tiny_settings, write_yaml
 from tests.support.tiny_model import make_model, write_data
 
@@ -49,6 +50,7 @@ def learning_rate(step: int) -> float:
     return PEAK * (END + (1 - END) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+@only_in_test_resume
 def test_stopped_run_resumes_both_intervals_and_the_schedule(files: Path, tmp_path: Path):
     """Each step has the learning rate of the schedule, and the loss of an uninterrupted run."""
     complete = run_main(write_yaml(tmp_path / "complete.yaml", settings(files, "complete")), "--json")

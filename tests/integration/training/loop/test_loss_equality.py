@@ -13,6 +13,7 @@ import pytest
 from transformers import MixtralConfig
 
 from tests.support.faults import gpu_kernel_variables
+from tests.support.grids import only_in_test_kernels
 from tests.support.jobs import PROJECT, read_metrics, run_main, tiny_settings, write_yaml
 from tests.support.tiny_model import make_model, write_data, write_preference_pairs
 from training.models import kernels
@@ -89,7 +90,6 @@ SAMPLE = [
     ("lora", "ddp"),
     ("lora", "unsloth_ddp"),
     ("full", "zero_3"),
-    ("packed", "ddp"),
 ]
 FAST = SAMPLE[0]
 CELLS = ALL if os.environ.get("ALL_KERNELS") else SAMPLE
@@ -221,6 +221,7 @@ def accuracies(files: Path, name: str) -> list[float]:
 
 
 @pytest.mark.slow
+@only_in_test_kernels
 def test_losses_of_a_mixture_with_its_router_loss_equal_those_of_one_worker(files: Path):
     """The load-balancing loss is a mean over micro-batches, which have one row here on both sides."""
     mixture = make_model(

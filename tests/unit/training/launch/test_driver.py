@@ -1,13 +1,14 @@
 """The driver's record of an attempt."""
 
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from training.events import WorkersStarted, WorkersWaiting
-from training.launch.driver import RunState, _worker_logs
+from training.events import StepDone, WorkersStarted, WorkersWaiting
+from training.launch.driver import RunState, _leaves_at_once, _worker_logs
 from training.planning.endpoints import ClusterTarget
 
 
@@ -39,3 +40,13 @@ def test_existing_logs_of_local_workers_are_listed(tmp_path: Path):
 def test_logs_of_workers_that_a_cluster_started_are_listed(tmp_path: Path, sizes: tuple[int, ...], logs: int):
     """This machine cannot know which files exist on others."""
     assert logs_of(tmp_path, "head:6379", *sizes) == [f"worker-{rank}.log" for rank in range(logs)]
+
+
+def test_step_is_committed_although_the_controller_has_not_said_that_workers_started():
+    """Workers and controller send their events by themselves; seen on a busy machine."""
+    workers: Any = SimpleNamespace(count=1)
+    state = RunState(workers, [], lambda _: None)
+    state.on_event(WorkersWaiting())
+    assert _leaves_at_once([signal.SIGHUP], state, has_asked=False)
+    state.on_event(StepDone(1, 10, 0.1, 1.0, 1.0, None, 0, {}))
+    assert not _leaves_at_once([signal.SIGHUP], state, has_asked=False)
