@@ -37,6 +37,7 @@ from training.data.template_forms import (
     features_of,
     has_reasoning,
     is_wrapped,
+    linked,
     map_messages,
     messages_of,
     possible_forms,
@@ -408,6 +409,8 @@ class Renderer:
             )
         example, of_calls = self._with_calls_as_read(example)
         notes += of_calls
+        if self.traits.hides_ids and any("tool_calls" in message for message in messages_of(example)):
+            example = linked(example)
         joined = with_one_instruction(example)
         if joined is None or self.traits.renders_two_instructions:
             return example, notes
