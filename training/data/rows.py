@@ -206,6 +206,8 @@ def _missing_columns(row: dict[str, Any], columns: Mapping[str, str], allowed: t
         name, message = chats[0]
         standard = "messages" if "role" in message else "conversations"
         return f"has messages in the column `{name}`. Set columns: {{{standard}: {name}}} ({_found(row)})"
+    if any("text" in row[name][0] and "label" in row[name][0] for name in lists):
+        return f"has segments of text under `{lists[0]}`. Tokenize them, and write their `input_ids` and `labels` ({_found(row)})"
     if len(row) == 1 and lists:
         return f"has its rows in a list under `{lists[0]}`. Write the list alone, or one row per line ({_found(row)})"
     expected = ", or ".join(" and ".join(f"`{column}`" for column in _COLUMNS[name]) for name in allowed)
@@ -320,7 +322,8 @@ def _read_columns(row: dict[str, Any], reading: RowSchema) -> Example:
     settings = _settings_of(row, reading)
     if not reading.columns and not settings and row.keys() <= known:
         return _READERS[reading.data_format](row, reading.columns)
-    columns = _columns_of(row, reading.columns, reading.data_format)
+    own = {ours: theirs for ours, theirs in reading.columns.items() if ours in known}
+    columns = _columns_of(row, own, reading.data_format)
     read = {name: value for name, value in row.items() if name not in settings}
     example = _READERS[reading.data_format](read, columns)
     unread = _judge_unread(row, {columns.get(name, name) for name in known} - settings, reading)
@@ -362,10 +365,14 @@ def _columns_of(
     row: dict[str, Any], columns: Mapping[str, str], data_format: DataFormat
 ) -> Mapping[str, str]:
     """Return the mapping of columns, extended by the names of other tools that this row has."""
-    found = {name: _name_of(row, columns, name) for name in ALL_COLUMNS[data_format]}
+    taken = set(columns.values())
+    unmapped = {name: value for name, value in row.items() if name not in taken}
+    found = {name: _name_of(unmapped, columns, name) for name in ALL_COLUMNS[data_format]}
     for name, theirs in found.items():
         others = [
-            each for each in _OTHER_NAMES.get(name, ()) if row.get(each) not in (None, "", row.get(theirs))
+            each
+            for each in _OTHER_NAMES.get(name, ())
+            if unmapped.get(each) not in (None, "", row.get(theirs))
         ]
         if name not in columns and theirs != name and others:
             raise RowError(
@@ -526,11 +533,13 @@ def _text_of(row: dict[str, Any], name: str, columns: Mapping[str, str]) -> str:
     return check_text(text, lambda: _called(name, columns))
 
 
-def _system_of(row: dict[str, Any], columns: Mapping[str, str]) -> str | None:
-    """Return the text of a system column, or None if it is empty."""
+def _system_of(row: dict[str, Any], columns: Mapping[str, str]) -> str | list[Any] | None:
+    """Return the text or the text parts of a system column, or None if it is empty."""
     system = mapped(row, columns, "system")
-    if system is None or (isinstance(system, str) and not system.strip()):
+    if system is None or system == [] or (isinstance(system, str) and not system.strip()):
         return None
+    if isinstance(system, list):
+        return system
     return check_text(system, lambda: _called("system", columns))
 
 

@@ -361,6 +361,25 @@ def test_columns_may_map_system_history_and_reasoning():
     assert chat == Chat([SYSTEM, USER, ASSISTANT, USER, reasoned])
 
 
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"input": "2 + 2?", "output": "4"}, {"instruction": "input"}),
+        ({"context": "2 + 2?", "response": "4"}, {"instruction": "context"}),
+        ({"ask": "2 + 2?", "thinking": "4"}, {"prompt": "ask", "completion": "thinking"}),
+        ({"system": "2 + 2?", "cot": "4"}, {"prompt": "system", "completion": "cot"}),
+    ],
+)
+def test_a_column_that_columns_maps_is_read_once(row: dict[str, str], columns: dict[str, str]):
+    """As in OpenCodeInstruct, which has `input` and `output`."""
+    assert read(row, columns=columns) == Chat([USER, ASSISTANT])
+
+
+def test_columns_of_another_format_leave_the_names_of_a_row():
+    row = {"instruction": "Add.", "input": "2 + 2", "output": "4"}
+    assert read(row, columns={"prompt": "instruction", "completion": "output"}) == read(row)
+
+
 @pytest.mark.parametrize("name", ["input", "system", "reasoning"])
 def test_a_column_that_the_prompt_template_does_not_name_is_rejected(name: str):
     template = "{instruction} ### {output}"
@@ -460,6 +479,7 @@ def test_missing_column_raises_an_error_that_lists_the_present_ones():
         ({"prompt": "2 + 2?"}, ("`messages`", "found: prompt")),
         (USER, ("one message", '{"messages": [...]}')),
         ({"data": [{"prompt": "2 + 2?", "completion": "4"}]}, ("`data`", "one row per line")),
+        ({"segments": [{"label": True, "text": "4"}]}, ("`segments`", "input_ids", "labels")),
         ({"dialog": [USER, ASSISTANT]}, ("`dialog`", "columns: {messages: dialog}", "found: dialog")),
         ({"id": 7, "msgs": [USER, ASSISTANT]}, ("`msgs`", "columns: {messages: msgs}")),
         ({"history": [{"from": "human", "value": "a"}]}, ("columns: {conversations: history}",)),
