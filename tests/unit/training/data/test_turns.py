@@ -1216,6 +1216,31 @@ def test_variables_that_each_rendering_sets_are_rejected(name: str, tokenizers: 
         )
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "is_text"),
+    [
+        ("custom_instructions", "Be kind to all.", True),
+        ("xml_tools", [json.dumps(TOOLS[0])], True),
+        ("custom_instructions", "", False),
+        ("xml_tools", [], False),
+        ("effort", "low", False),
+    ],
+)
+def test_texts_in_variables_of_a_row_that_the_template_does_not_read_are_rejected(
+    name: str, value: Any, is_text: bool, tokenizers: Tokenizers
+):
+    """SmolTalk2's rows have instructions and tools for SmolLM3's template."""
+    chat = read({**ROWS["one answer"], "chat_template_kwargs": {name: value}})
+    renderer = Renderer(tokenizers["qwen3"], whole_text=False)
+    if is_text:
+        for render in (renderer.render, renderer.prompt):
+            with pytest.raises(RowError, match=rf"`chat_template_kwargs`.*drops `{name}`.*system message"):
+                render(chat)
+    else:
+        (note,) = renderer.notes(chat, renderer.render(chat))
+        assert note.startswith(f"`{name}` of chat_template_kwargs")
+
+
 def test_documents_and_special_tokens_may_be_variables(tokenizers: Tokenizers):
     """transformers' apply_chat_template takes them as keyword arguments, too."""
     template = "{{ bos_token }}{{ documents[0].title }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
