@@ -84,7 +84,7 @@ _OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "input": ("context",),
     "output": ("response",),
     "prompt": ("question", "query", "problem", "input.messages"),
-    "completion": ("answer", "response", "solution"),
+    "completion": ("answer", "response", "solution", "answers"),
     "system": ("system_prompt",),
     "reasoning_content": ("cot", "thought", "thinking_trajectories"),
     "tools": ("functions", "input.tools"),
@@ -594,10 +594,10 @@ def _read_prompt_completion(row: dict[str, Any], columns: Mapping[str, str]) -> 
 
 
 def _read_instruction(row: dict[str, Any], columns: Mapping[str, str]) -> Chat:
-    messages = [
-        *_history_of(row, columns),
-        *_two_turns(_question_of(row, columns), _text_of(row, "output", columns)),
-    ]
+    question = {"role": "user", "content": _question_of(row, columns)}
+    calls = _calls_of(row, "output", columns)
+    answer = calls or {"role": "assistant", "content": _text_of(row, "output", columns)}
+    messages = [*_history_of(row, columns), question, answer]
     messages[-1] = _with_reasoning(messages[-1], _reasoning_of(row, columns), columns)
     return read_chat(messages, "the row", _tools_of(row, columns, wrap=True), system=_system_of(row, columns))
 
@@ -719,6 +719,8 @@ def _answer_side(row: dict[str, Any], name: str, prompt: list[Any], columns: Map
         columns: Standard column name -> column name in the file.
     """
     value = mapped(row, columns, name)
+    if message := _calls_of(row, name, columns):
+        return [message]
     if isinstance(value, str):
         messages = written_turns(value) or _written_messages(value)
         is_continued = bool(messages) and is_answer(messages[0]) and all(map(is_reply, messages))
@@ -726,6 +728,33 @@ def _answer_side(row: dict[str, Any], name: str, prompt: list[Any], columns: Map
         if not is_continued and not repeats:
             return [{"role": "assistant", "content": _text_of(row, name, columns)}]
     return _side(row, name, "assistant", columns)
+
+
+def _calls_of(row: dict[str, Any], name: str, columns: Mapping[str, str]) -> Message | None:
+    """Return the message of an answer that is a list of calls of the row's tools, or its JSON (xLAM); None for another answer."""
+    value = mapped(row, columns, name)
+    calls = value
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        try:
+            calls = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+    if not (isinstance(calls, list) and calls and all(map(_is_call, calls))):
+        return None
+    known = {tool.get("function", tool).get("name") for tool in _tools_of(row, columns, wrap=True) or ()}
+    return (
+        {"role": "assistant", "content": "", "tool_calls": value}
+        if {call["name"] for call in calls} <= known
+        else None
+    )
+
+
+def _is_call(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("name"), str)
+        and value.keys() <= {"name", "arguments", "id"}
+    )
 
 
 def _check_no_prefix(prompt: list[Any], answer: list[Any], name: str, columns: Mapping[str, str]) -> None:

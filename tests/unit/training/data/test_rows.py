@@ -375,6 +375,38 @@ def test_a_column_that_columns_maps_is_read_once(row: dict[str, str], columns: d
     assert read(row, columns=columns) == Chat([USER, ASSISTANT])
 
 
+CALLS = [{"name": "find_weather", "arguments": {"city": "Oslo"}}]
+
+
+@pytest.mark.parametrize("names", [("query", "answers"), ("prompt", "completion"), ("instruction", "output")])
+@pytest.mark.parametrize("answer", [CALLS, json.dumps(CALLS)])
+def test_an_answer_that_is_a_list_of_calls_is_a_call(names: tuple[str, str], answer: Any):
+    """As in xlam-function-calling-60k, where the names and the tools are text."""
+    tools = [{"name": "find_weather", "description": "d", "parameters": {"city": {"type": "str"}}}]
+    question, name = names
+    chat = read({question: "2 + 2?", name: answer, "tools": json.dumps(tools)})
+    assert isinstance(chat, Chat)
+    (call,) = chat.messages[-1]["tool_calls"]
+    assert call["function"] == {"name": "find_weather", "arguments": {"city": "Oslo"}}
+
+
+@pytest.mark.parametrize(
+    ("answer", "tools"),
+    [
+        (CALLS, None),
+        ([{"name": "other", "arguments": {}}], "find_weather"),
+        ([{"name": "Ada", "age": 3}], "Ada"),
+    ],
+)
+def test_an_answer_in_json_that_calls_none_of_the_tools_is_a_text(answer: Any, tools: str | None):
+    row = {"prompt": "2 + 2?", "completion": json.dumps(answer)}
+    if tools:
+        row["tools"] = json.dumps([{"name": tools, "description": "d", "parameters": {}}])
+    chat = read(row)
+    assert isinstance(chat, Chat)
+    assert chat.messages[-1] == {"role": "assistant", "content": json.dumps(answer)}
+
+
 def test_columns_of_another_format_leave_the_names_of_a_row():
     row = {"instruction": "Add.", "input": "2 + 2", "output": "4"}
     assert read(row, columns={"prompt": "instruction", "completion": "output"}) == read(row)
