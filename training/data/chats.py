@@ -52,6 +52,11 @@ _TEXT_AND_CALLS = (
     *("role", "from", "content", "value", "text", "name"),
     *("tool_call_id", "tool_calls", "function_call", "functions", "tools"),
 )
+_FORMS_OF_PARTS = {
+    "tool_use": "Write calls as `tool_calls` of the message: name, arguments and id",
+    "tool_result": "Write results as messages with the role tool: content and tool_call_id",
+}
+"""Type of Anthropic's parts -> how a row says the same."""
 _CHANNELS = ("analysis", "commentary", "final")  # of gpt-oss
 _REASONING = (*REASONING_KEYS, "thought", "tool_plan", "reasoning_details")
 """Keys of a message that hold its reasoning."""
@@ -81,14 +86,16 @@ class _Reading:
     """Reasoning of the last message, likewise."""
 
 
-def read_chat(values: Any, what: str, tools: list[Tool] | None, *, system: str | None = None) -> Chat:
+def read_chat(
+    values: Any, what: str, tools: list[Tool] | None, *, system: str | list[Any] | None = None
+) -> Chat:
     """Validate a list of messages.
 
     Args:
         values: The messages, or their JSON text (CSV and some Parquet files).
         what: Name of the column in messages.
         tools: The row's tools.
-        system: Text of a system column beside the messages.
+        system: Text or text parts of a system column beside the messages.
 
     Raises:
         RowError: The messages cannot be trained on.
@@ -263,7 +270,9 @@ def _read_message(value: Any, position: int, reading: _Reading) -> Message:
     if is_empty and "reasoning_content" in message and "tool_calls" not in message:
         return {**message, "content": ""}  # the answer follows as another message
     if is_empty and "tool_calls" not in message and role not in (*_SYSTEM, "tool"):
-        raise RowError("empty content", f"{at} is empty. Write its content, or remove the message")
+        unread = [key for key in value if key not in _KNOWN and value[key]]
+        keys = f" (keys found: {', '.join(value)})" if unread and content is None else ""
+        raise RowError("empty content", f"{at} is empty{keys}. Write its content, or remove the message")
     return message
 
 
@@ -413,9 +422,8 @@ def _join_parts(parts: Any, at: str, notes: list[str]) -> tuple[str, str]:
             if not isinstance(thought, str) or thought.strip():  # APIs may return a signature alone
                 thoughts.append(check_text(thought, f"{at}: {kind} part"))
         else:
-            raise RowError(
-                "unsupported content", f"{at} has a part of type {short(kind)}. Only text is supported"
-            )
+            advice = _FORMS_OF_PARTS.get(kind, "Only text is supported")
+            raise RowError("unsupported content", f"{at} has a part of type {short(kind)}. {advice}")
     return "".join(texts), "\n".join(thoughts)
 
 
@@ -608,8 +616,9 @@ def _follows_a_call(messages: list[Message]) -> bool:
     )
 
 
-def _add_system(system: str | None, reading: _Reading) -> None:
-    if system is None:
+def _add_system(content: str | list[Any] | None, reading: _Reading) -> None:
+    system = _content_of(content, "system", "the system column", reading.notes)[0]
+    if not system.strip():
         return
     first = reading.messages[0]
     if first["role"] in _SYSTEM and first["content"].strip() == system.strip():
@@ -728,5 +737,5 @@ def is_media(key: str) -> bool:
 
 
 def mapped(row: Mapping[str, Any], columns: Mapping[str, str], name: str) -> Any:
-    """Return the value of a standard column under the name that it has in the file."""
-    return row.get(columns.get(name, name))
+    """Return the value of a standard column under the name that it has in the file, unless `columns` gives that name to another."""
+    return row.get(columns.get(name, name)) if name in columns or name not in columns.values() else None

@@ -15,10 +15,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast, overload
 
 from training.data.chat_template import QUESTION, ChatTemplate
-from training.data.errors import RowError
+from training.data.errors import RowError, short
 from training.data.records import Chat, Example, Filled, Message, Pair, Text, Tokens, Turns
 from training.data.rendered import Rendered, Span
 from training.data.template_checks import (
+    DROPPED_TEXT,
     OTHER_CONTEXT,
     TEMPLATE_KINDS,
     check_answer,
@@ -37,6 +38,7 @@ from training.data.template_forms import (
     features_of,
     has_reasoning,
     is_wrapped,
+    linked,
     map_messages,
     messages_of,
     possible_forms,
@@ -398,6 +400,7 @@ class Renderer:
 
     def _as_read(self, example: Chat | Pair) -> tuple[Chat | Pair, tuple[str, ...]]:
         """Return an example with tools and instructions in the shape that the template reads, and notes about what was changed."""
+        self._reject_dropped_variables(example)
         if example.tools and (tools := self._readable_tools(example.tools)) != example.tools:
             example = replace(example, tools=tools)
         notes: tuple[str, ...] = ()
@@ -408,10 +411,25 @@ class Renderer:
             )
         example, of_calls = self._with_calls_as_read(example)
         notes += of_calls
+        if self.traits.hides_ids and any("tool_calls" in message for message in messages_of(example)):
+            example = linked(example)
         joined = with_one_instruction(example)
         if joined is None or self.traits.renders_two_instructions:
             return example, notes
         return joined, (*notes, "system and developer messages are merged")
+
+    def _reject_dropped_variables(self, example: Chat | Pair) -> None:
+        """Raise RowError for a variable of the row that the template does not read, and that is no setting but a text or a list."""
+        for name, value in example.variables.items():
+            is_text = (
+                len(value.split()) > 1 if isinstance(value, str) else value and isinstance(value, list | dict)
+            )
+            if is_text and name not in self.template.known_variables:
+                raise RowError(
+                    DROPPED_TEXT,
+                    f"`chat_template_kwargs`: the chat template drops `{name}` ({short(value)}). Write it as a system message or as `tools`, "
+                    "remove it, or set chat_template",
+                )
 
     def _with_calls_as_read(self, example: Chat | Pair) -> tuple[Chat | Pair, tuple[str, ...]]:
         """Return an example whose calls in text are `tool_calls` where the template writes calls in another form, and notes about it.

@@ -10,7 +10,7 @@ from training.data.records import Task, Turns
 from training.data.sources import DataFile
 from utils.files import checksum, checksum_bytes
 
-_FORMAT = 11  # increment when the meaning of prepared files changes
+_FORMAT = 12  # increment when the meaning of prepared files changes
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

@@ -84,7 +84,7 @@ _OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "input": ("context",),
     "output": ("response",),
     "prompt": ("question", "query", "problem", "input.messages"),
-    "completion": ("answer", "response", "solution"),
+    "completion": ("answer", "response", "solution", "answers"),
     "system": ("system_prompt",),
     "reasoning_content": ("cot", "thought", "thinking_trajectories"),
     "tools": ("functions", "input.tools"),
@@ -206,6 +206,8 @@ def _missing_columns(row: dict[str, Any], columns: Mapping[str, str], allowed: t
         name, message = chats[0]
         standard = "messages" if "role" in message else "conversations"
         return f"has messages in the column `{name}`. Set columns: {{{standard}: {name}}} ({_found(row)})"
+    if any("text" in row[name][0] and "label" in row[name][0] for name in lists):
+        return f"has segments of text under `{lists[0]}`. Tokenize them, and write their `input_ids` and `labels` ({_found(row)})"
     if len(row) == 1 and lists:
         return f"has its rows in a list under `{lists[0]}`. Write the list alone, or one row per line ({_found(row)})"
     expected = ", or ".join(" and ".join(f"`{column}`" for column in _COLUMNS[name]) for name in allowed)
@@ -320,7 +322,8 @@ def _read_columns(row: dict[str, Any], reading: RowSchema) -> Example:
     settings = _settings_of(row, reading)
     if not reading.columns and not settings and row.keys() <= known:
         return _READERS[reading.data_format](row, reading.columns)
-    columns = _columns_of(row, reading.columns, reading.data_format)
+    own = {ours: theirs for ours, theirs in reading.columns.items() if ours in known}
+    columns = _columns_of(row, own, reading.data_format)
     read = {name: value for name, value in row.items() if name not in settings}
     example = _READERS[reading.data_format](read, columns)
     unread = _judge_unread(row, {columns.get(name, name) for name in known} - settings, reading)
@@ -362,10 +365,14 @@ def _columns_of(
     row: dict[str, Any], columns: Mapping[str, str], data_format: DataFormat
 ) -> Mapping[str, str]:
     """Return the mapping of columns, extended by the names of other tools that this row has."""
-    found = {name: _name_of(row, columns, name) for name in ALL_COLUMNS[data_format]}
+    taken = set(columns.values())
+    unmapped = {name: value for name, value in row.items() if name not in taken}
+    found = {name: _name_of(unmapped, columns, name) for name in ALL_COLUMNS[data_format]}
     for name, theirs in found.items():
         others = [
-            each for each in _OTHER_NAMES.get(name, ()) if row.get(each) not in (None, "", row.get(theirs))
+            each
+            for each in _OTHER_NAMES.get(name, ())
+            if unmapped.get(each) not in (None, "", row.get(theirs))
         ]
         if name not in columns and theirs != name and others:
             raise RowError(
@@ -526,11 +533,13 @@ def _text_of(row: dict[str, Any], name: str, columns: Mapping[str, str]) -> str:
     return check_text(text, lambda: _called(name, columns))
 
 
-def _system_of(row: dict[str, Any], columns: Mapping[str, str]) -> str | None:
-    """Return the text of a system column, or None if it is empty."""
+def _system_of(row: dict[str, Any], columns: Mapping[str, str]) -> str | list[Any] | None:
+    """Return the text or the text parts of a system column, or None if it is empty."""
     system = mapped(row, columns, "system")
-    if system is None or (isinstance(system, str) and not system.strip()):
+    if system is None or system == [] or (isinstance(system, str) and not system.strip()):
         return None
+    if isinstance(system, list):
+        return system
     return check_text(system, lambda: _called("system", columns))
 
 
@@ -585,10 +594,10 @@ def _read_prompt_completion(row: dict[str, Any], columns: Mapping[str, str]) -> 
 
 
 def _read_instruction(row: dict[str, Any], columns: Mapping[str, str]) -> Chat:
-    messages = [
-        *_history_of(row, columns),
-        *_two_turns(_question_of(row, columns), _text_of(row, "output", columns)),
-    ]
+    question = {"role": "user", "content": _question_of(row, columns)}
+    calls = _calls_of(row, "output", columns)
+    answer = calls or {"role": "assistant", "content": _text_of(row, "output", columns)}
+    messages = [*_history_of(row, columns), question, answer]
     messages[-1] = _with_reasoning(messages[-1], _reasoning_of(row, columns), columns)
     return read_chat(messages, "the row", _tools_of(row, columns, wrap=True), system=_system_of(row, columns))
 
@@ -710,6 +719,8 @@ def _answer_side(row: dict[str, Any], name: str, prompt: list[Any], columns: Map
         columns: Standard column name -> column name in the file.
     """
     value = mapped(row, columns, name)
+    if message := _calls_of(row, name, columns):
+        return [message]
     if isinstance(value, str):
         messages = written_turns(value) or _written_messages(value)
         is_continued = bool(messages) and is_answer(messages[0]) and all(map(is_reply, messages))
@@ -717,6 +728,33 @@ def _answer_side(row: dict[str, Any], name: str, prompt: list[Any], columns: Map
         if not is_continued and not repeats:
             return [{"role": "assistant", "content": _text_of(row, name, columns)}]
     return _side(row, name, "assistant", columns)
+
+
+def _calls_of(row: dict[str, Any], name: str, columns: Mapping[str, str]) -> Message | None:
+    """Return the message of an answer that is a list of calls of the row's tools, or its JSON (xLAM); None for another answer."""
+    value = mapped(row, columns, name)
+    calls = value
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        try:
+            calls = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+    if not (isinstance(calls, list) and calls and all(map(_is_call, calls))):
+        return None
+    known = {tool.get("function", tool).get("name") for tool in _tools_of(row, columns, wrap=True) or ()}
+    return (
+        {"role": "assistant", "content": "", "tool_calls": value}
+        if {call["name"] for call in calls} <= known
+        else None
+    )
+
+
+def _is_call(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("name"), str)
+        and value.keys() <= {"name", "arguments", "id"}
+    )
 
 
 def _check_no_prefix(prompt: list[Any], answer: list[Any], name: str, columns: Mapping[str, str]) -> None:

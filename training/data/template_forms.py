@@ -219,7 +219,7 @@ def split_thought(content: str) -> tuple[str, str]:
 def adapted(messages: Sequence[Message], form: Form, tools: Sequence[Tool] | None) -> list[Message]:
     """Return messages in the form that a template reads."""
     if form.short_ids:
-        messages = _with_ids(messages)
+        messages = [_with_short_ids(message) for message in _linked(messages)]
     if form.tools_in_system:
         system = messages[0] if messages[0]["role"] == "system" else {"role": "system", "content": ""}
         functions = json.dumps([tool.get("function", tool) for tool in tools or ()], ensure_ascii=False)
@@ -227,10 +227,18 @@ def adapted(messages: Sequence[Message], form: Form, tools: Sequence[Tool] | Non
     return [_adapted(message, form) for message in messages]
 
 
-def _with_ids(messages: Sequence[Message]) -> list[Message]:
-    """Give calls and their results the same ids of nine characters; results without an id follow the order of the calls."""
+def linked(example: Chat | Pair) -> Chat | Pair:
+    """Return an example whose calls and results have ids; results without an id get that of a call of their name, or of the next call."""
+    if isinstance(example, Chat):
+        return replace(example, messages=_linked(example.messages))
+    chosen, rejected = (_linked(side, len(example.prompt)) for side in (example.chosen, example.rejected))
+    return replace(example, prompt=_linked(example.prompt), chosen=chosen, rejected=rejected)
+
+
+def _linked(messages: Sequence[Message], before: int = 0) -> list[Message]:
+    """Return messages whose calls and results have ids; `before` is the number of messages before them."""
     numbered: list[Message] = []
-    open_ids: dict[str, None] = {}
+    open_calls: dict[str, str] = {}  # id -> name
     for number, message in enumerate(messages):
         if "tool_calls" in message:
             results = [
@@ -239,21 +247,36 @@ def _with_ids(messages: Sequence[Message]) -> list[Message]:
                     lambda m: m["role"] == "tool", map(messages.__getitem__, range(number + 1, len(messages)))
                 )
             ]
-            ids = [
-                call.get("id") or next(iter(results[place : place + 1]), None) or f"{number} {place}"
+            calls = [
+                {
+                    **call,
+                    "id": call.get("id")
+                    or next(iter(results[place : place + 1]), None)
+                    or _short_id(f"{before + number} {place}"),
+                }
                 for place, call in enumerate(message["tool_calls"])
             ]
-            ids = list(map(_short_id, ids))
-            calls = [{**call, "id": own} for call, own in zip(message["tool_calls"], ids, strict=True)]
-            open_ids = dict.fromkeys(ids)
+            open_calls = {call["id"]: call["function"]["name"] for call in calls}
             message = {**message, "tool_calls": calls}
         elif message["role"] == "tool":
-            given = message.get("tool_call_id")
-            own = _short_id(given) if given else next(iter(open_ids), _short_id(str(number)))
-            open_ids.pop(own, None)
+            own = message.get("tool_call_id") or next(
+                (each for each, name in open_calls.items() if name == message.get("name")),
+                next(iter(open_calls), _short_id(str(before + number))),
+            )
+            open_calls.pop(own, None)
             message = {**message, "tool_call_id": own}
         numbered.append(message)
     return numbered
+
+
+def _with_short_ids(message: Message) -> Message:
+    """Give a message with ids those of nine characters."""
+    if "tool_calls" in message:
+        calls = [{**call, "id": _short_id(call["id"])} for call in message["tool_calls"]]
+        return {**message, "tool_calls": calls}
+    if "tool_call_id" in message:
+        return {**message, "tool_call_id": _short_id(message["tool_call_id"])}
+    return message
 
 
 def _adapted(message: Message, form: Form) -> Message:

@@ -1,7 +1,9 @@
 """The traits of a chat template: the keys that it reads and the texts that it prints, found by rendering probes."""
 
 import re
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from training.data.chat_template import QUESTION, ChatTemplate
@@ -67,6 +69,13 @@ class TemplateTraits:
     def renders_calls(self) -> bool:
         """Return whether the template renders calls."""
         return bool(self._call)
+
+    @cached_property
+    def hides_ids(self) -> bool:
+        """Return whether the template renders calls and results, but no ids: it may find the call of a result by its id."""
+        identity = "call5TSid"
+        result = {"role": "tool", "tool_call_id": identity, "content": ANSWER}
+        return bool(text := self._probe_call("", {"id": identity}, [result])) and identity not in text
 
     @cached_property
     def _call(self) -> str:
@@ -164,16 +173,18 @@ class TemplateTraits:
             return False
         return PROBED_TOOL in text
 
-    def _probe_call(self, words: str) -> str:
+    def _probe_call(
+        self, words: str, ids: Mapping[str, str] = MappingProxyType({}), results: Sequence[Message] = ()
+    ) -> str:
         """Render a call with words, or reasoning in tags, beside it, in the first form that renders all; empty if none does."""
         argument, said = "Tromsø", thought_of({"content": words, "tool_calls": []})
         function = {"name": PROBED_TOOL, "arguments": {"name": argument}}
         call: Message = {
             "role": "assistant",
             "content": words,
-            "tool_calls": [{"type": "function", "function": function}],
+            "tool_calls": [{**ids, "type": "function", "function": function}],
         }
-        chat = Chat([{"role": "user", "content": QUESTION}, call])
+        chat = Chat([{"role": "user", "content": QUESTION}, call, *results])
         for form in possible_forms(chat, self._template.source):
             try:
                 text = self._template.render(adapted(chat.messages, form, None), chat)

@@ -1,6 +1,7 @@
 """Spellings of other tools are read as chats, and nothing that a row says is dropped without an error or a note."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -588,6 +589,35 @@ def test_a_pair_whose_answers_continue_raises_an_error():
             {"prompt": "q", "chosen": "b", "rejected": [{**ANSWER, "content": "c"}, *side[1:]]},
             "preference_tuning",
         )
+
+
+def test_a_system_column_may_have_text_parts():
+    """As the APIs of Anthropic and Bedrock."""
+    for parts in (
+        [{"type": "text", "text": "Be kind.", "cache_control": {"type": "x"}}],
+        [{"text": "Be kind."}],
+    ):
+        assert read({"messages": [USER, ANSWER], "system": parts}) == read(
+            {"messages": [{"role": "system", "content": "Be kind."}, USER, ANSWER]}
+        )
+    assert read({"messages": [USER, ANSWER], "system": [{"text": ""}]}) == read({"messages": [USER, ANSWER]})
+    with pytest.raises(RowError, match="system column has a part of type 'image'"):
+        read({"messages": [USER, ANSWER], "system": [{"type": "image"}]})
+
+
+@pytest.mark.parametrize(
+    ("message", "facts"),
+    [
+        ({"content": [{"type": "tool_use", "name": "f", "input": {}}]}, ("'tool_use'", "`tool_calls`")),
+        ({"content": [{"type": "tool_result", "content": "x"}]}, ("'tool_result'", "role tool")),
+        ({"parts": [{"text": "Yes"}]}, ("is empty", "keys found: role, parts")),
+    ],
+)
+def test_errors_of_other_shapes_of_messages_name_their_keys(message: dict[str, Any], facts: Sequence[str]):
+    """Of Anthropic's and Gemini's APIs."""
+    with pytest.raises(RowError) as caught:
+        read({"messages": [USER, {"role": "assistant", **message}]})
+    assert all(fact in str(caught.value) for fact in facts), caught.value
 
 
 @pytest.mark.parametrize(

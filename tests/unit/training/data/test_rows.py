@@ -361,6 +361,57 @@ def test_columns_may_map_system_history_and_reasoning():
     assert chat == Chat([SYSTEM, USER, ASSISTANT, USER, reasoned])
 
 
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"input": "2 + 2?", "output": "4"}, {"instruction": "input"}),
+        ({"context": "2 + 2?", "response": "4"}, {"instruction": "context"}),
+        ({"ask": "2 + 2?", "thinking": "4"}, {"prompt": "ask", "completion": "thinking"}),
+        ({"system": "2 + 2?", "cot": "4"}, {"prompt": "system", "completion": "cot"}),
+    ],
+)
+def test_a_column_that_columns_maps_is_read_once(row: dict[str, str], columns: dict[str, str]):
+    """As in OpenCodeInstruct, which has `input` and `output`."""
+    assert read(row, columns=columns) == Chat([USER, ASSISTANT])
+
+
+CALLS = [{"name": "find_weather", "arguments": {"city": "Oslo"}}]
+
+
+@pytest.mark.parametrize("names", [("query", "answers"), ("prompt", "completion"), ("instruction", "output")])
+@pytest.mark.parametrize("answer", [CALLS, json.dumps(CALLS)])
+def test_an_answer_that_is_a_list_of_calls_is_a_call(names: tuple[str, str], answer: Any):
+    """As in xlam-function-calling-60k, where the names and the tools are text."""
+    tools = [{"name": "find_weather", "description": "d", "parameters": {"city": {"type": "str"}}}]
+    question, name = names
+    chat = read({question: "2 + 2?", name: answer, "tools": json.dumps(tools)})
+    assert isinstance(chat, Chat)
+    (call,) = chat.messages[-1]["tool_calls"]
+    assert call["function"] == {"name": "find_weather", "arguments": {"city": "Oslo"}}
+
+
+@pytest.mark.parametrize(
+    ("answer", "tools"),
+    [
+        (CALLS, None),
+        ([{"name": "other", "arguments": {}}], "find_weather"),
+        ([{"name": "Ada", "age": 3}], "Ada"),
+    ],
+)
+def test_an_answer_in_json_that_calls_none_of_the_tools_is_a_text(answer: Any, tools: str | None):
+    row = {"prompt": "2 + 2?", "completion": json.dumps(answer)}
+    if tools:
+        row["tools"] = json.dumps([{"name": tools, "description": "d", "parameters": {}}])
+    chat = read(row)
+    assert isinstance(chat, Chat)
+    assert chat.messages[-1] == {"role": "assistant", "content": json.dumps(answer)}
+
+
+def test_columns_of_another_format_leave_the_names_of_a_row():
+    row = {"instruction": "Add.", "input": "2 + 2", "output": "4"}
+    assert read(row, columns={"prompt": "instruction", "completion": "output"}) == read(row)
+
+
 @pytest.mark.parametrize("name", ["input", "system", "reasoning"])
 def test_a_column_that_the_prompt_template_does_not_name_is_rejected(name: str):
     template = "{instruction} ### {output}"
@@ -460,6 +511,7 @@ def test_missing_column_raises_an_error_that_lists_the_present_ones():
         ({"prompt": "2 + 2?"}, ("`messages`", "found: prompt")),
         (USER, ("one message", '{"messages": [...]}')),
         ({"data": [{"prompt": "2 + 2?", "completion": "4"}]}, ("`data`", "one row per line")),
+        ({"segments": [{"label": True, "text": "4"}]}, ("`segments`", "input_ids", "labels")),
         ({"dialog": [USER, ASSISTANT]}, ("`dialog`", "columns: {messages: dialog}", "found: dialog")),
         ({"id": 7, "msgs": [USER, ASSISTANT]}, ("`msgs`", "columns: {messages: msgs}")),
         ({"history": [{"from": "human", "value": "a"}]}, ("columns: {conversations: history}",)),

@@ -928,6 +928,33 @@ def test_calls_and_results_get_the_same_ids_where_a_template_needs_nine_characte
         assert f"minus 3 degrees {identity}[/TOOL_RESULTS]" in text
 
 
+@pytest.mark.parametrize("name", ["gemma4", "gemma4_v5", "muse_glimmer"])
+def test_results_without_ids_follow_their_calls(name: str, tokenizers: Tokenizers):
+    """These templates find the function of a result by the id of its call. Rows of LLaMA-Factory and ms-swift have no ids."""
+    functions = [
+        {"name": "find_weather", "arguments": {"city": "Oslo"}},
+        {"name": "find_time", "arguments": {}},
+    ]
+    results = [{"content": "minus 3 degrees"}, {"content": "noon"}]
+    tools = [*TOOLS, {"type": "function", "function": {"name": "find_time"}}]
+
+    def text(ids: Sequence[str | None], *results: dict[str, Any]) -> str:
+        calls = [{"id": each, "function": function} for each, function in zip(ids, functions, strict=True)]
+        asked = {"role": "assistant", "content": "", "tool_calls": calls}
+        answers = [{"role": "tool", **result} for result in results]
+        chat = read({"messages": [user(1), asked, *answers, answer(1)], "tools": tools})
+        return Renderer(tokenizers[name], whole_text=False).render(chat)[-1].text
+
+    weather, time = (
+        {**result, "tool_call_id": each} for result, each in zip(results, ("a", "b"), strict=True)
+    )
+    assert text((None, None), *results) == text(("a", "b"), *results) == text(("a", "b"), weather, time)
+    named = [
+        {**result, "name": function["name"]} for result, function in zip(results, functions, strict=True)
+    ]
+    assert text((None, None), *reversed(named)) == text(("a", "b"), time, weather)
+
+
 THINKING_SWITCH = (
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|User|>' + m['content'] }}"
     "{% else %}{{ '<|Assistant|></think>' + m['content'].split('</think>')[-1] + '<|end|>' }}{% endif %}{% endfor %}"
@@ -1187,6 +1214,31 @@ def test_variables_that_each_rendering_sets_are_rejected(name: str, tokenizers: 
         Renderer(tokenizers["qwen3"], whole_text=False).render(
             read({**ROWS["one answer"], "chat_template_kwargs": {name: True}})
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "is_text"),
+    [
+        ("custom_instructions", "Be kind to all.", True),
+        ("xml_tools", [json.dumps(TOOLS[0])], True),
+        ("custom_instructions", "", False),
+        ("xml_tools", [], False),
+        ("effort", "low", False),
+    ],
+)
+def test_texts_in_variables_of_a_row_that_the_template_does_not_read_are_rejected(
+    name: str, value: Any, is_text: bool, tokenizers: Tokenizers
+):
+    """SmolTalk2's rows have instructions and tools for SmolLM3's template."""
+    chat = read({**ROWS["one answer"], "chat_template_kwargs": {name: value}})
+    renderer = Renderer(tokenizers["qwen3"], whole_text=False)
+    if is_text:
+        for render in (renderer.render, renderer.prompt):
+            with pytest.raises(RowError, match=rf"`chat_template_kwargs`.*drops `{name}`.*system message"):
+                render(chat)
+    else:
+        (note,) = renderer.notes(chat, renderer.render(chat))
+        assert note.startswith(f"`{name}` of chat_template_kwargs")
 
 
 def test_documents_and_special_tokens_may_be_variables(tokenizers: Tokenizers):
