@@ -3,7 +3,6 @@
 import asyncio
 import os
 import shutil
-import signal
 import threading
 import time
 import traceback
@@ -373,7 +372,7 @@ def _follow(mailbox: Any, signals: Sequence[int], state: RunState) -> None:
     while not _leaves_at_once(signals, state, has_asked):
         if signals and not has_asked:
             has_asked = True
-            state.on_event(stopping(signals[0], state.stopped_by))
+            state.on_event(stopping(state.stopped_by))
             mailbox.request_stop.remote()
         if lost := vitals().lost:
             raise ClusterLostError(lost)
@@ -389,13 +388,10 @@ def _follow(mailbox: Any, signals: Sequence[int], state: RunState) -> None:
         news = mailbox.take.remote()
 
 
-def stopping(number: int, stopped_by: str | None) -> Notice:
-    """Return what the driver does after its first signal, or after the signal that it sent itself for `main.py stop`."""
-    if stopped_by:
-        return Notice("stopping after the next checkpoint; Ctrl-C stops at once")
-    return Notice(
-        f"stopping on {signal.Signals(number).name} after a checkpoint; a second signal stops at once"
-    )
+def stopping(stopped_by: str | None) -> Notice:
+    """Return what the driver does after its first signal, or after the one that it sent itself for `main.py stop`; the result names it."""
+    at_once = "Ctrl-C" if stopped_by else "a second signal"
+    return Notice(f"stopping after the next checkpoint; {at_once} stops at once")
 
 
 def _leaves_at_once(signals: Sequence[int], state: RunState, has_asked: bool) -> bool:

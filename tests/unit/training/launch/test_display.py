@@ -1,6 +1,5 @@
 """Lines that are printed during a run and at its end."""
 
-import signal
 from io import StringIO
 from pathlib import Path
 
@@ -46,14 +45,14 @@ def test_stop_is_announced_in_full_in_80_columns():
     terminal = StringIO()
     with Watch(Console(file=terminal, width=80, force_terminal=True, color_system=None)) as watch:
         watch.on_event(StepDone(3, 10, 0.5, 1.25, 12345.6, 0.4567, 5 * 2**29, {}))
-        watch.on_event(stopping(signal.SIGTERM, None))
-    said = "warning: stopping on SIGTERM after a checkpoint; a second signal stops at once\n"
+        watch.on_event(stopping(None))
+    said = "warning: stopping after the next checkpoint; a second signal stops at once\n"
     assert said in terminal.getvalue().replace("\r", "")
 
 
 def test_requested_stop_names_no_second_signal():
     """`main.py stop` has sent none that the user knows of."""
-    assert "second" not in stopping(signal.SIGTERM, "ann@elsewhere").text
+    assert "second" not in stopping("ann@elsewhere").text
 
 
 def test_progress_bar_is_off_the_terminal_while_another_console_prints():
