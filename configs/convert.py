@@ -140,7 +140,7 @@ class Conversion:
         """Note that training differs because of a key."""
         self.changes.append(f"{key}: {shown(value)}: {reason}")
 
-    def reject(self, key: str, value: Any, known: Iterable[str]) -> None:
+    def note_unknown(self, key: str, value: Any, known: Iterable[str]) -> None:
         """Note that a key is unknown, with the nearest of the known keys that the file does not have."""
         others = [other for other in known if other not in self.theirs]
         near = get_close_matches(key.lower(), others, n=1, cutoff=0.75)
@@ -176,7 +176,7 @@ class Conversion:
         elif row is None and value is False:
             self.skip(key, "it is off")
         elif row is None:
-            self.reject(key, value, keys_of(self.tool))
+            self.note_unknown(key, value, keys_of(self.tool))
         elif row.ours is None and row.is_same(value):
             self.skip(key, SAME)
         elif row.ours is None and row.differs:
@@ -684,7 +684,7 @@ def _axolotl_rows(conversion: Conversion, item: Mapping[str, Any]) -> None:
         if value is None or name in translated or key in _AXOLOTL_LOCATION:
             continue
         if not (row or key in _AXOLOTL_ROWS or key in _AXOLOTL_DETECTED):
-            conversion.reject(
+            conversion.note_unknown(
                 name,
                 value,
                 [f"datasets.{known}" for known in (*_AXOLOTL_LOCATION, *_AXOLOTL_ROWS, *_AXOLOTL_DETECTED)],

@@ -742,11 +742,9 @@ def _calls_of(row: dict[str, Any], name: str, columns: Mapping[str, str]) -> Mes
     if not (isinstance(calls, list) and calls and all(map(_is_call, calls))):
         return None
     known = {tool.get("function", tool).get("name") for tool in _tools_of(row, columns, wrap=True) or ()}
-    return (
-        {"role": "assistant", "content": "", "tool_calls": value}
-        if {call["name"] for call in calls} <= known
-        else None
-    )
+    if not {call["name"] for call in calls} <= known:
+        return None
+    return {"role": "assistant", "content": "", "tool_calls": value}
 
 
 def _is_call(value: Any) -> bool:
