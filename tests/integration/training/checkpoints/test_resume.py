@@ -141,7 +141,7 @@ FAST = Chain(Setup("lora", 1, 1, "ddp"), 2, (Kill.AFTER_STEP,))
 """The only chain that is not marked slow."""
 SAMPLE = [
     FAST,
-    Chain(Setup("full", 4, 2, "zero_2"), 2, (Kill.MID_UPLOAD, Kill.AFTER_MANIFEST)),
+    Chain(Setup("full", 4, 2, "zero_2"), 2, (Kill.AFTER_MANIFEST, Kill.MID_UPLOAD)),
 ]
 CHAINS = GRID if os.environ.get("RESUME_GRID") else SAMPLE
 SABOTAGED = Setup("lora", 1, 1, "ddp")
