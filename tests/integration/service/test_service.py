@@ -239,6 +239,7 @@ def test_stopped_service_leaves_other_applications_running(tmp_path: Path, bucke
 
 
 @pytest.mark.slow
+@only_in_test_service
 def test_start_that_fails_leaves_a_running_service(tmp_path: Path, bucket_uri: str, tiny_model: Path):
     good, bad = tmp_path / "good", tmp_path / "bad"
     good.mkdir()
@@ -360,6 +361,7 @@ def test_engine_without_its_resources_is_an_error(tmp_path: Path, bucket_uri: st
 
 
 @pytest.mark.slow
+@only_in_test_service
 def test_signal_stops_a_service_that_waits_for_resources(tmp_path: Path, bucket_uri: str, tiny_model: Path):
     models = {"tiny": {"config": "base.yaml", "resources": {"licence": 1}}}
     config = write_service(tmp_path, bucket_uri, str(tiny_model), models=models)

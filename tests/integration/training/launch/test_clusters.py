@@ -225,6 +225,7 @@ def test_lost_head_is_reported_with_its_log(process: str, files: Path, tmp_path:
     assert "Traceback" not in finished.errors
 
 
+@only_in_test_nodes
 def test_busy_cluster_is_reported_while_a_job_waits(files: Path, tmp_path: Path, shared_cluster: RayCluster):
     first = config(files, tmp_path / "first.yaml", run_name="first", max_steps=9000, num_epochs=None)
     second = config(files, tmp_path / "second.yaml", run_name="second", num_devices=1, max_steps=1)
