@@ -3,7 +3,8 @@
 - SmolLM2-135M with LoRA on 2 workers: from the command to the end of the first step, against a bare Ray TorchTrainer, plain TRL
   under torchrun, and an earlier version of this project in another directory (`git worktree add DIRECTORY COMMIT`).
 - A tiny model on one worker: CPU seconds of all processes, against the earlier version.
-- `main.py chat`: from the command to the first characters of the answer, against the earlier version.
+- `main.py chat`: from the command to the first characters of the answer, against the earlier version, and the time that plain
+  transformers and PEFT take for the same adapter, also against the earlier version.
 
 Each round runs all of them one after the other, in rotating order; ratios are taken within a round.
 """
@@ -31,6 +32,7 @@ from utils.storage.bucket import sync_to_node
 from utils.storage.embedded_bucket import embedded_bucket
 
 _DTYPE = "fp32"  # a step in bf16 takes a minute on a CPU that emulates it, which is no start
+_QUESTION, _ANSWER_TOKENS = "Ada has 3 apples and buys 4 more. How many?", 4
 _RATIOS = {
     "start": {
         "first_step_to_bare_torch_trainer": ("first_step_seconds", "anneal", "bare_torch_trainer"),
@@ -45,6 +47,7 @@ _RATIOS = {
     "chat": {
         "chat_first_token_to_before": ("first_token_seconds", "chat", "chat_before"),
         "chat_cpu_seconds_to_before": ("cpu_seconds", "chat", "chat_before"),
+        "plain_chat_first_token_to_before": ("first_token_seconds", "plain_chat", "chat_before"),
     },
 }
 
@@ -77,6 +80,7 @@ def main() -> None:
             "tiny_before": lambda: train(options.base, directory, tiny, rows, 1),
             "chat": lambda: chat(PROJECT, runs[PROJECT]),
             "chat_before": lambda: chat(options.base, runs[options.base]),
+            "plain_chat": lambda: plain_chat(runs[PROJECT]),
         }
         for part in options.part or _RATIOS:
             compare(part, contestants, options.rounds)
@@ -108,7 +112,7 @@ def torchrun(directory: Path, model: Path, rows: Path) -> dict[str, Any]:
 def train(tree: Path, directory: Path, model: Path, rows: Path, workers: int) -> dict[str, Any]:
     """Run main.py of a directory for one step, as a user would, including all checks."""
     config, name = write_config(directory, model, rows, workers, 1, _DTYPE)
-    first_step, cpu_seconds, output = timed(tree, [str(config), "--json"], "step 1/")
+    first_step, cpu_seconds, output = timed(tree, ["main.py", str(config), "--json"], "step 1/")
     result = json.loads(output.splitlines()[-1])
     assert result["status"] == "completed", result
     return {
@@ -134,17 +138,25 @@ def store_run(tree: Path, storage: Path, model: Path) -> str:
 
 def chat(tree: Path, run: str) -> dict[str, Any]:
     """Ask a trained model one question with main.py of a directory."""
-    question = ["--prompt", "Ada has 3 apples and buys 4 more. How many?", "--max-new-tokens", "4"]
-    first_token, cpu_seconds, _ = timed(tree, ["chat", run, *question], None)
+    question = ["--prompt", _QUESTION, "--max-new-tokens", str(_ANSWER_TOKENS)]
+    first_token, cpu_seconds, _ = timed(tree, ["main.py", "chat", run, *question], None)
+    return {"first_token_seconds": first_token, "cpu_seconds": cpu_seconds}
+
+
+def plain_chat(run: str) -> dict[str, Any]:
+    """Ask the same question with plain transformers and PEFT, which read the directory of the run's only checkpoint."""
+    (adapter,) = Path(run, "checkpoints").iterdir()
+    arguments = ["benchmarks/plain_chat.py", str(adapter), _QUESTION, str(_ANSWER_TOKENS)]
+    first_token, cpu_seconds, _ = timed(PROJECT, arguments, None)
     return {"first_token_seconds": first_token, "cpu_seconds": cpu_seconds}
 
 
 def timed(tree: Path, arguments: list[str], line: str | None) -> tuple[float, float, str]:
-    """Run main.py; return (seconds until a line of stderr begins with `line`, or until stdout has text; CPU seconds; stdout)."""
+    """Run a program; return (seconds until a line of stderr begins with `line`, or until stdout has text; CPU seconds; stdout)."""
     with cpu_time() as cpu, tempfile.TemporaryFile("w+") as errors:
         began = time.time()
         process = subprocess.Popen(
-            [sys.executable, "main.py", *arguments],
+            [sys.executable, *arguments],
             cwd=tree,
             env=os.environ | {"PYTHONPATH": ""},
             stdout=subprocess.PIPE,
