@@ -25,6 +25,7 @@ from training.data.prompting import stop_tokens
 from training.inference.model_card import Card, describe_sampling
 from training.inference.vllm_environment import python_of_vllm
 from training.models.files import (
+    ADAPTER_FILE,
     ModelError,
     ModelFacts,
     base_model_facts,
@@ -41,11 +42,13 @@ from training.planning.exportable import (
     check_vllm_base,
     gguf_converter,
 )
-from utils.files import checksum, checksum_bytes, format_bytes, free_bytes
+from utils.files import checksum, checksum_bytes, format_bytes, free_bytes, safe_join
 from utils.storage.bucket import (
+    DamagedError,
     Store,
     check_writable,
     is_remote,
+    join_uri,
     local_path,
     open_store,
     sync_to_node,
@@ -95,8 +98,11 @@ def export(trained: "TrainedModel", settings: ExportConfig, *, progress: Callabl
         _check_same(written, planned, store, {_CARD} if verifies else set())
         if verifies:
             return _verify_in_place(trained, written, settings, store, progress)
+        if settings.verify:
+            progress("reading the export")
+            _ = _fetch(written, trained.cache)
         return written
-    _check_empty(store)
+    _ = _files_to_replace(store)
     _check_tools_and_weights(trained, planned)
     scratch = trained.cache.parent / "exports"
     scratch.mkdir(parents=True, exist_ok=True)
@@ -137,9 +143,23 @@ def push(exported: Export, cache: Path, repository: str, *, private: bool | None
 
 
 def _fetch(exported: Export, cache: Path) -> Path:
-    """Return a directory of this node with the files of an export, checked against its record."""
+    """Return a directory of this node with the files of an export, verified against its record."""
     checksums = {file.path: file.checksum for file in exported.files}
-    return sync_to_node(exported.uri, cache / "exports", lambda key: key in checksums, checksums)
+    try:
+        directory = sync_to_node(exported.uri, cache / "exports", lambda key: key in checksums, checksums)
+    except DamagedError as error:
+        raise _changed(exported.uri, error.key) from error
+    if not is_remote(exported.uri):  # which sync_to_node verifies
+        for name, exported_checksum in checksums.items():
+            if checksum(safe_join(directory, name)) != exported_checksum:
+                raise _changed(exported.uri, name)
+    return directory
+
+
+def _changed(uri: str, file: str) -> ConfigError:
+    return ConfigError(
+        f"{join_uri(uri, file)}: changed since the export. Delete {uri}, or choose another destination."
+    )
 
 
 def _plan(trained: "TrainedModel", settings: ExportConfig) -> Export:
@@ -237,9 +257,7 @@ def _check_same(written: Export, planned: Export, store: Store, rewritten: Colle
     stored = sizes(store, "")
     checked = [file for file in written.files if file.path not in rewritten]
     if wrong := [file.path for file in checked if stored.get(file.path) != file.size]:
-        raise ConfigError(
-            f"{store.uri_of(wrong[0])}: changed since the export. Delete {planned.uri}, or choose another destination."
-        )
+        raise _changed(planned.uri, wrong[0])
 
 
 def _lacks_verification(written: Export) -> bool:
@@ -276,12 +294,20 @@ def _verify_in_place(
     return exported
 
 
-def _check_empty(store: Store) -> None:
-    stored = sizes(store, "")
-    if stored and _UNFINISHED not in stored:
+def _files_to_replace(store: Store) -> set[str]:
+    """Return the files at a destination: those of an unfinished export.
+
+    Raises:
+        ConfigError: There are other files.
+    """
+    stored = set(sizes(store, ""))
+    unfinished = store.read_if_exists(_UNFINISHED)
+    replaced = {_UNFINISHED, *unfinished.decode("utf-8", "replace").splitlines()} if unfinished else set()
+    if others := stored - replaced:
         raise ConfigError(
-            f"{store.uri} is not empty: it contains {min(stored)}. Choose an empty destination."
+            f"{store.uri} is not empty: it contains {min(others)}. Choose an empty destination."
         )
+    return stored
 
 
 def describe(exported: Export) -> str:
@@ -391,6 +417,8 @@ def _write_model(
 
     assert planned.dtype is not None
     weights, base = trained.weights(), trained.base_weights()
+    if base is not None:
+        _check_adapter(trained, weights)
     model: PreTrainedModel = load_weights(
         base or weights, dtype=planned.dtype, trust_remote_code=trained.config.trust_remote_code
     )
@@ -400,9 +428,25 @@ def _write_model(
     model.config.use_cache = True  # disabled during training
     if model.generation_config is not None:
         _set_stop_tokens(model.generation_config, trained)
+    _check_finite(model, planned)
     progress("writing the weights")
     model.save_pretrained(directory, max_shard_size=_LARGEST_SHARD)
     write_earlier_rope_keys(directory / "config.json")
+
+
+def _check_finite(model: "PreTrainedModel", planned: Export) -> None:
+    """Check that no weight is NaN or infinite in the dtype of the export."""
+    for name, weight in model.named_parameters():
+        lowest, highest = weight.detach().aminmax()  # without a copy; both are NaN if any value is
+        if not (lowest.isfinite() and highest.isfinite()):
+            fix = (
+                "fp16 holds values up to 65,504: export with --dtype bf16 or --dtype fp32."
+                if planned.dtype == "fp16"
+                else "Export an earlier checkpoint."
+            )
+            raise ModelError(
+                f"{planned.checkpoint}: the tensor {name} has NaN or infinite values in {planned.dtype}. {fix}"
+            )
 
 
 def write_earlier_rope_keys(file: Path) -> None:
@@ -435,19 +479,26 @@ def _set_stop_tokens(settings: "GenerationConfig", trained: "TrainedModel") -> N
     settings.eos_token_id = stops if len(stops) > 1 else stops[0] if stops else None
 
 
+def _check_adapter(trained: "TrainedModel", weights: Path) -> None:
+    from training.models.adapter import check_finite
+
+    check_finite(weights / ADAPTER_FILE, join_uri(trained.checkpoint, ADAPTER_FILE))
+
+
 def _copy_adapter(trained: "TrainedModel", directory: Path) -> None:
     """Copy the adapter, and write the base model's generation config beside it, which a server then reads."""
     from training.models.architecture import load_config
     from training.models.generation import correct, read_generation_config
 
     weights = trained.weights()
+    _check_adapter(trained, weights)
     assert trained.base is not None
     base = trained.fetch_base(is_tokenizer_file)
     generation = read_generation_config(base)
     correct(generation, load_config(base, trained.base, trained.config.trust_remote_code))
     _set_stop_tokens(generation, trained)
     generation.save_pretrained(directory)
-    shutil.copyfile(weights / "adapter_model.safetensors", directory / "adapter_model.safetensors")
+    shutil.copyfile(weights / ADAPTER_FILE, directory / ADAPTER_FILE)
     settings = json.loads((weights / "adapter_config.json").read_text("utf-8"))
     settings |= {"base_model_name_or_path": trained.base, "revision": trained.base_revision}
     (directory / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True), "utf-8")
@@ -501,12 +552,14 @@ def _card(trained: "TrainedModel", planned: Export, sampling: Mapping[str, float
 def _publish(store: Store, planned: Export, directory: Path) -> Export:
     names = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
     last = _LOADED_BY[planned.kind]
-    store.write(
-        _UNFINISHED,
-        b"This export is in progress or was interrupted; rerun the same command to complete it.\n",
+    # Read again, since merging takes minutes in which others may have written there.
+    earlier = _files_to_replace(store)
+    explanation = (
+        "This export is in progress or was interrupted; rerun the same command to complete it. Its files:"
     )
+    store.write(_UNFINISHED, "\n".join([explanation, *sorted({*earlier, *names})]).encode())
     store.delete([last])
-    store.delete(set(sizes(store, "")) - {_UNFINISHED})
+    store.delete(earlier - {_UNFINISHED, last})
     records = [
         FileRecord(path=name, size=(directory / name).stat().st_size, checksum=checksum(directory / name))
         for name in names

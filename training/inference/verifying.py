@@ -94,11 +94,11 @@ def verify_export(
     Raises:
         ModelError: The export differs by more than the dtype's rounding. The message names the first part that does.
     """
-    rows, source = _rows(trained)
     progress("verifying: the model as trained")
     weights, base = trained.weights(), trained.base_weights()
     trust = trained.config.trust_remote_code
     model: Any = load_weights(base or weights, dtype="fp32", trust_remote_code=trust)
+    rows, source = _rows(trained, len(model.get_input_embeddings().weight))
     if base is not None:
         model = attach_adapter(model, weights)
         if trained.config.lora_config and not trained.config.initial_adapter_model_ckpt_path:
@@ -283,8 +283,13 @@ def _round_weights(model: Any, dtype: torch.dtype) -> None:
 # --- Rows ---------------------------------------------------------------------------------------------------------
 
 
-def _rows(trained: "TrainedModel") -> tuple[list[Row], str]:
-    """Return the ends of a few prepared rows and their source; validation rows if the run has any."""
+def _rows(trained: "TrainedModel", ids: int) -> tuple[list[Row], str]:
+    """Return the ends of a few prepared rows and their source; validation rows if the run has any.
+
+    Args:
+        trained: The checkpoint.
+        ids: Number of rows of the embedding; a tokenizer may have more tokens.
+    """
     data = trained.manifest.data
     # With several validation sets, the manifest has one fingerprint for all of them.
     report = open_store(trained.run_uri).read_if_exists(DATA_REPORT_FILE)
@@ -294,7 +299,9 @@ def _rows(trained: "TrainedModel") -> tuple[list[Row], str]:
         stored = _prepared_rows(trained, fingerprint) if fingerprint else None
         if stored:
             return [_end_of(row) for row in stored], source
-    return _made_up_rows(trained), "random tokens, because the prepared rows were deleted"
+    return _made_up_rows(
+        min(ids, len(trained.tokenizer()))
+    ), "random tokens, because the prepared rows were deleted"
 
 
 def _prepared_rows(trained: "TrainedModel", fingerprint: str) -> list[dict[str, Any]] | None:
@@ -315,13 +322,12 @@ def _end_of(row: dict[str, Any]) -> Row:
     return Row(tokens[-_TOKENS:], labels[-_TOKENS:])
 
 
-def _made_up_rows(trained: "TrainedModel") -> list[Row]:
+def _made_up_rows(ids: int) -> list[Row]:
     generator = torch.Generator().manual_seed(0)
-    size = len(trained.tokenizer())
 
     def made_up() -> Iterator[Row]:
         for _ in range(_ROWS):
-            tokens = torch.randint(0, size, (_TOKENS,), generator=generator).tolist()
+            tokens = torch.randint(0, ids, (_TOKENS,), generator=generator).tolist()
             yield Row(tokens, tokens)
 
     return list(made_up())

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from configs.loading import ConfigError
+from configs.schema import ExportConfig
 from runs.layout import EXPORT_FILE, Export
 from tests.support.bucket_proxy import bucket_proxy
 from tests.support.front_door import RunCommand
@@ -27,6 +28,8 @@ from tests.support.trained_runs import store_adapter_run, store_full_run
 from training.checkpoints.weights import fetch_weights
 from training.data.records import Chat
 from training.data.renderer import Renderer
+from training.inference import export as exporting
+from training.inference.checkpoint_model import trained_model
 from training.inference.vllm_environment import PYTHON_VARIABLE
 from training.models.files import is_tokenizer_file
 from training.models.tokenizer import load_tokenizer
@@ -339,6 +342,13 @@ def test_unverified_export_is_verified_in_place(
     changed = {path.name for path in to.iterdir() if path.stat().st_mtime_ns != before.get(path.name)}
     assert changed == {EXPORT_FILE, "README.md"}
     assert parse_export(run_command(*command, "--verify")) == verified, "the record fits the new card"
+    (weights,) = to.glob("*.safetensors")
+    with weights.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    assert f"{weights}: changed since the export" in error_of(run_command(*command, "--verify"))
     (to / "README.md").write_text("another card")
     assert f"{to}/README.md: " in error_of(run_command(*command, "--verify"))
 
@@ -393,9 +403,17 @@ def test_sampling_settings_that_reach_a_server_are_reported(
 def test_interrupted_export_is_completed_by_a_rerun(run_command: RunCommand, run: str, tmp_path: Path):
     to = tmp_path / "exported"
     complete = parse_export(run_command("export", run, "--to", str(to), "--json"))
-    (to / EXPORT_FILE).rename(to / "EXPORT.unfinished")
+    (to / EXPORT_FILE).unlink()
     (to / "model.safetensors").write_bytes(b"half")
-    (to / "model-00001-of-00002.safetensors").write_bytes(b"from an export with other settings")
+    shard = to / "model-00001-of-00002.safetensors"
+    shard.write_bytes(b"from an export with other settings")
+    names = [shard.name, *(file.path for file in complete.files)]
+    (to / "EXPORT.unfinished").write_text("\n".join(["Its files:", *names]))
+    notes = to / "notes.txt"
+    notes.write_text("of the user")
+    assert_names(error_of(run_command("export", run, "--to", str(to))), "not empty", "notes.txt")
+    assert shard.exists()
+    notes.unlink()
     again = parse_export(run_command("export", run, "--to", str(to), "--json"))
     checksums = {file.path: file.checksum for file in complete.files}
     assert {file.path: file.checksum for file in again.files if file.path != "README.md"} == {
@@ -403,6 +421,49 @@ def test_interrupted_export_is_completed_by_a_rerun(run_command: RunCommand, run
     }
     assert {path.name for path in to.iterdir()} == {*checksums, EXPORT_FILE}
     assert checksum(to / "model.safetensors") == checksums["model.safetensors"]
+
+
+def test_file_that_appears_during_a_merge_is_kept(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    to, write_model = tmp_path / "exported", exporting._write_model
+
+    def with_a_file_of_another_program(*arguments: Any) -> None:
+        write_model(*arguments)
+        to.mkdir(exist_ok=True)
+        (to / "results.txt").write_text("of another program")
+
+    monkeypatch.setattr(exporting, "_write_model", with_a_file_of_another_program)
+    with trained_model(run) as trained, pytest.raises(ConfigError, match=r"results\.txt"):
+        exporting.export(trained, ExportConfig(to=str(to), verify=False), progress=lambda _: None)
+    assert [path.name for path in to.iterdir()] == ["results.txt"]
+
+
+@pytest.mark.parametrize("arguments", [(), ("--no-merge",)], ids=["merged", "adapter"])
+def test_checkpoint_with_nan_is_not_exported(
+    run_command: RunCommand,
+    storage: Store,
+    tiny_model: Path,
+    scratch: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "randn_like", lambda tensor: torch.full_like(tensor, torch.nan))
+        run = store_adapter_run(storage, "run", tiny_model, LORA, **scratch)
+    rejected = run_command("export", run, "--no-verify", *arguments)
+    assert_names(error_of(rejected), "step-000010/adapter_model.safetensors", "lora_A.weight", "NaN")
+    assert not Path(run, "exports").exists()
+
+
+def test_weights_that_a_dtype_cannot_hold_are_not_exported(
+    run_command: RunCommand, storage: Store, tiny_model: Path, tmp_path: Path, scratch: dict[str, str]
+):
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = 70_000
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    run = store_adapter_run(storage, "run", model, LORA, **scratch)
+    rejected = run_command("export", run, "--dtype", "fp16", "--no-verify")
+    assert_names(error_of(rejected), "model.layers.1.mlp.down_proj.weight", "fp16", "--dtype bf16")
 
 
 # --- GGUF ---------------------------------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ def test_run_exports_itself_and_its_rerun_completes_the_export(files: Path, mode
         merged = AutoModelForCausalLM.from_pretrained(to)(input_ids=tokens).logits
         torch.testing.assert_close(merged, model(input_ids=tokens).logits, rtol=1e-4, atol=1e-4)
     (to / EXPORT_FILE).unlink()
-    (to / "EXPORT.unfinished").touch()
+    (to / "EXPORT.unfinished").write_text("\n".join(["Its files:", *(file.path for file in exported.files)]))
     losses = read_metrics(files / "runs" / "run")
     rerun = run_main(files / "run.yaml", "--json")
     assert rerun.exit_code == 0, rerun.errors

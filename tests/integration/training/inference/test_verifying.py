@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
 from configs.schema import ExportConfig
 from runs.layout import EXPORT_FILE, Export, Verification
@@ -81,6 +81,19 @@ def test_rise_of_the_loss_by_rounding_is_noted(
     again = export(run, dtype="bf16", to=str(tmp_path / "bf16"), verify=True)
     assert [line for line in again.notes if line.startswith("Rounding")] == note
     assert export(run, dtype="fp32", to=str(tmp_path / "fp32")).notes == []
+
+
+def test_tokens_beyond_the_embedding_are_not_asked_for(tiny_model: Path, tmp_path: Path):
+    """Some tokenizers have more tokens than the embedding has rows; without rows of the run, tokens are made up."""
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens([f"<{number}>" for number in range(2000)])
+    tokenizer.save_pretrained(model)
+    storage = open_store(str(tmp_path / "runs"))
+    run = store_adapter_run(storage, "run", model, LORA, output_dir=str(tmp_path / "scratch"))
+    verified = export(run, dtype="fp32").verification
+    assert verified is not None
+    assert "random tokens" in verified.source
 
 
 def test_exported_adapter_and_full_model_are_verified(run: str, tiny_model: Path, tmp_path: Path):
