@@ -17,6 +17,7 @@ from service.layout import FILE_PREFIX, active_key, files_of, jobs_of
 from service.models import Models
 from service.records import Record, Slice
 from service.requests import RETRY_SECONDS, PageQuery, RequestBody
+from service.shared_calls import SharedCalls
 from utils.storage.s3 import S3Store
 
 VALIDATING, QUEUED, RUNNING, PAUSED = "validating_files", "queued", "running", "paused"
@@ -112,6 +113,7 @@ class Jobs:
 
     def __init__(self, store: S3Store, service: LoadedService, models: Models):
         self._store, self._service, self._models = store, service, models
+        self._shared = SharedCalls[Record | None]()
 
     def create(self, caller: Caller, body: CreateJobBody, *, is_retry: bool) -> Record:
         """Accept a job, or return the job that the same request has created already.
@@ -188,7 +190,7 @@ class Jobs:
 
     def get(self, project: str, job_id: str) -> Record:
         """Return a job; raise an ApiError if it does not exist."""
-        record = jobs_of(self._store, project).get(job_id)
+        record = self._shared(f"{project}/{job_id}", lambda: jobs_of(self._store, project).get(job_id))
         if record is None:
             raise _no_job(job_id)
         return record

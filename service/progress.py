@@ -17,6 +17,7 @@ from service.layout import JOB_PREFIX, metrics_key, run_store
 from service.models import fine_tuned_id
 from service.records import Record
 from service.requests import PageQuery, slice_by_id
+from service.shared_calls import SharedCalls
 from utils.storage.bucket import NotFoundError
 from utils.storage.s3 import S3Store
 
@@ -26,7 +27,6 @@ _MAX_RUNS = 64
 """Runs whose metrics are remembered."""
 _MAX_STEPS = 1_000_000
 """Steps of all these runs together; a run with more is the only one."""
-_LOCKS = 16
 
 Figures = Mapping[str, float]
 _Event = tuple[int, str, Any]
@@ -45,7 +45,7 @@ class Progress:
         self._store = store
         self._known: OrderedDict[str, tuple[str, dict[int, Figures]]] = OrderedDict()
         """Key of a run's metrics -> their ETag and what they contain."""
-        self._reading = [threading.Lock() for _ in range(_LOCKS)]
+        self._shared = SharedCalls[dict[int, Figures]]()
         self._changing = threading.Lock()
 
     def events(self, project: str, job: Record, query: PageQuery) -> dict[str, Any]:
@@ -107,22 +107,22 @@ class Progress:
     def steps(self, project: str, job_id: str) -> dict[int, Figures]:
         """Return step -> metrics of a job's run with OpenAI's names, in order; empty before the first."""
         key = metrics_key(project, job_id)
-        before = self._known.get(key)
+        return self._shared(key, lambda: self._read(key))
+
+    def _read(self, key: str) -> dict[int, Figures]:
+        known = self._known.get(key)
         try:
-            etag = self._store.stat(key).etag
+            if known and known[0] == self._store.stat(key).etag:
+                return known[1]
         except NotFoundError:
             return {}
-        # Clients that poll a job wait for one of them to read its metrics.
-        with self._reading[hash(key) % _LOCKS]:
-            known = self._known.get(key)
-            if known is None or (known[0] != etag and known is before):
-                found = self._store.read_version(key)
-                if found is None:
-                    return {}
-                lines, _ = parse_metrics(found[0], self._store.uri_of(key))
-                known = (found[1], _figures_by_step(lines))
-                self._remember(key, known)
-        return known[1]
+        found = self._store.read_version(key)
+        if found is None:
+            return {}
+        lines, _ = parse_metrics(found[0], self._store.uri_of(key))
+        steps = _figures_by_step(lines)
+        self._remember(key, (found[1], steps))
+        return steps
 
     def _remember(self, key: str, known: tuple[str, dict[int, Figures]]) -> None:
         with self._changing:
