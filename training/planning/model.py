@@ -272,7 +272,9 @@ def _load_tokenizer(
             load_tokenizer(directory, trust_remote_code=trust, source=base, chat_template=template),
         )
     own = fetch_model(adapter.source, cache, is_tokenizer_file)
-    tokenizer = load_tokenizer(own, trust_remote_code=trust, source=adapter.source, chat_template=template)
+    tokenizer = load_tokenizer(
+        own, trust_remote_code=trust, source=adapter.source, chat_template=template, owner="adapter"
+    )
     if not _have_same_tokenizer(directory, own):
         check_token_ids(
             adapter,
