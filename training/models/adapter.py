@@ -34,6 +34,7 @@ _RECORDED = {
     "lora_ga_config",
     "megatron_core",
     "peft_type",
+    "merge_weights",  # early PEFT merged the weights for evaluation, and separated them again for training
     "peft_version",
     "qalora_group_size",
     "revision",

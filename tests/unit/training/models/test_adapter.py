@@ -338,6 +338,16 @@ def test_nan_and_infinite_weights_are_rejected(adapter: Path, value: float):
     name = f"{LAYER}.lora_B.weight"
     change_tensors(
         adapter, lambda tensors: tensors | {name: tensors[name].index_fill(0, torch.tensor(3), value)}
+def test_merge_weights_of_early_peft_is_ignored(models: dict[str, Path], adapter: Path):
+    """It merged the weights for evaluation, and separated them again for training."""
+    base = AutoModelForCausalLM.from_pretrained(models["llama"])
+    expected = logits_of(attach_adapter(base, adapter))
+    change_config(adapter, merge_weights=True, enable_lora=None)
+    assert differences(models["llama"], adapter) == []
+    base = AutoModelForCausalLM.from_pretrained(models["llama"])
+    assert torch.equal(logits_of(attach_adapter(base, adapter)), expected)
+
+
     )
     with pytest.raises(ModelError, match=rf"the file: .*{name} .*NaN"):
         check_finite(adapter / FILE, "the file")
