@@ -249,6 +249,8 @@ def unmatched_keys(lora: LoraConfig, parameters: AdapterParameters) -> Iterator[
             yield f"lora_config.layers_to_transform: {layer} matches no layer"
     if isinstance(lora.trainable_token_indices, dict):
         for name in lora.trainable_token_indices:
+    if lora.bias != "none" and not parameters.trains_biases:
+        yield f"lora_config.bias: {lora.bias} matches no bias"
             is_end = is_embedding(f"{name}.") or is_head(f"{name}.")
             if not is_end or not any(_ends_with(module, name) for module in parameters.saved_modules):
                 yield f"lora_config.trainable_token_indices: {name} matches no embedding or LM head"

@@ -383,6 +383,8 @@ def test_weights_that_are_not_floating_point_numbers_of_16_bits_are_rejected(ada
         ("mixtral", {"alpha_pattern": {"mlp.experts": 2}}, "alpha_pattern: mlp.experts"),
         (
             "llama",
+        ("llama", {"bias": "all"}, "bias: all"),
+        ("biased", {"bias": "lora_only", "target_modules": ["up_proj"]}, "bias: lora_only"),
             {"alpha_pattern": {"q_proj": 2, "self_attn.q_proj": 4}},
             "alpha_pattern: self_attn.q_proj follows",
         ),
