@@ -302,7 +302,7 @@ def check_quantization(config: FinetuneConfig, facts: ModelFacts) -> None:
 
 def check_targets(lora: LoraConfig, facts: ModelFacts) -> None:
     """Check that target_modules of a new adapter matches the model."""
-    if targeted_modules(facts, lora):
+    if targeted_modules(facts, lora) or (lora.target_modules == [] and lora.target_parameters):
         return
     for key, without in (
         ("layers_to_transform", {"layers_to_transform": None, "layers_pattern": None}),
@@ -312,7 +312,7 @@ def check_targets(lora: LoraConfig, facts: ModelFacts) -> None:
             raise ConfigError(
                 f"lora_config.{key}: {getattr(lora, key)} leaves no module of {facts.source} with an adapter. Correct it, or remove it."
             )
-    names = sorted({module.split(".")[-1] for module in facts.matrix_shapes})
+    names = sorted({module.split(".")[-1] for module in facts.matrix_shapes if not is_head(f"{module}.")})
     raise ConfigError(
         f"lora_config.target_modules: {lora.target_modules} matches no module of {facts.source}, which has: {', '.join(names)}. "
         "Name some of these, or write all-linear."

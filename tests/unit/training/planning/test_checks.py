@@ -194,6 +194,14 @@ def test_key_that_leaves_no_module_with_an_adapter_is_named(lora: dict[str, Any]
         check_targets(LoraConfig(**lora), facts)
 
 
+def test_target_parameters_need_no_target_modules():
+    shapes = {"model.layers.0.self_attn.q_proj.weight": (64, 64), "lm_head.weight": (512, 64)}
+    facts = ModelFacts("org/name", "A", shapes, 0, None, None, False)
+    check_targets(LoraConfig(target_modules=[], target_parameters=["mlp.experts.down_proj"]), facts)
+    with pytest.raises(ConfigError, match=r"target_modules: \[\] matches no module .* which has: q_proj\."):
+        check_targets(LoraConfig(target_modules=[]), facts)
+
+
 @pytest.mark.parametrize(
     ("excluded", "targets", "named"),
     [
