@@ -1,10 +1,12 @@
 """A chat template: renders messages with the tokenizer's special tokens, the variables of the YAML and the date of the run."""
 
+import json
 from collections.abc import Callable, Mapping
 from datetime import date, datetime, time
 from difflib import get_close_matches
 from functools import cached_property, lru_cache, partial
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, Template, TemplateError, TemplateSyntaxError
@@ -90,8 +92,8 @@ class ChatTemplate:
             template = _compiled(self._tokenizer.get_chat_template(None, chat.tools))
         except TemplateSyntaxError as error:
             raise DataError(
-                f"the chat template has a syntax error ({error}, template line {error.lineno}). Copy the tokenizer files again from the "
-                "original model, or fix chat_template."
+                f"{self._place_of(chat.tools)}the chat template has a syntax error ({error}, template line {error.lineno}). Copy the file "
+                "again from the original model or adapter, or set chat_template."
             ) from error
         render = partial(
             template.render,
@@ -110,6 +112,17 @@ class ChatTemplate:
             return render(messages=messages)
         except _TEMPLATE_ERRORS as error:
             raise RowError("template", _rejection(chat, messages, render, error)) from error
+
+    def _place_of(self, tools: list[dict[str, Any]] | None) -> str:
+        """Return the file of the template of rows with or without tools, as a message names it; empty for one that was set."""
+        name, source = self._tokenizer.name_or_path, self.source_for(tools)
+        directory = Path(name or "no tokenizer")  # one that was built in memory
+        for file in (*directory.glob("*.jinja"), *directory.glob("*/*.jinja")):
+            if file.read_text("utf-8") == source:
+                return f"{file}: "
+        config = directory / "tokenizer_config.json"
+        is_there = config.exists() and json.loads(config.read_text("utf-8")).get("chat_template") == source
+        return f"{config}: " if is_there else ""
 
     def reject_unknown_variables(self) -> None:
         """Raise DataError for a variable of the YAML that the template does not read: a misspelled one would change nothing."""

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
@@ -33,12 +34,15 @@ _RECORDED = {
     "corda_config",
     "lora_ga_config",
     "megatron_core",
+    "merge_weights",  # early PEFT merged the weights for evaluation, and separated them again for training
     "peft_type",
     "peft_version",
     "qalora_group_size",
     "revision",
     "runtime_config",
 }
+_OF_ONE_EXPERT = re.compile(r"(.+\.experts\.)(\d+)(\..+)")
+"""Name of a tensor that belongs to one expert, as older releases wrote it: before, number, after."""
 _TASK_TYPES = (None, "CAUSAL_LM", "SEQ_2_SEQ_LM")
 """Task types whose adapters have no head of their own. Some trainers write SEQ_2_SEQ_LM for every model."""
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -134,7 +138,10 @@ def continued_adapter(base: MetaModel, adapter: AdapterFacts) -> tuple[AdapterPa
     ]
     _check_fused_patterns(unmatched, adapter, where)
     parameters = replace(parameters, unmatched_patterns=tuple(unmatched))
-    return parameters, _mismatch(parameters, _as_loaded(adapted, adapter), adapter)
+    wrong = _mismatch(parameters, _as_loaded(adapted, adapter), adapter)
+    if wrong and (lacking := _lacking_experts(adapter.parameter_shapes, parameters)):
+        wrong = Mismatch([f"{name} is missing from the file" for name in lacking], _fix([], []))
+    return parameters, wrong
 
 
 def without_base_weights(
@@ -242,6 +249,8 @@ def unmatched_keys(lora: LoraConfig, parameters: AdapterParameters) -> Iterator[
             yield f"lora_config.{key}: {pattern} matches no module that has an adapter"
         for pattern in _hidden_patterns(patterns, parameters):
             yield f"lora_config.{key}: {pattern} follows a key that matches the same modules"
+    if lora.bias != "none" and not parameters.trains_biases:
+        yield f"lora_config.bias: {lora.bias} matches no bias"
     layers = lora.layers_to_transform
     for layer in layers if isinstance(layers, list) else [] if layers is None else [layers]:
         if not any(f".{layer}." in module for module in adapted):
@@ -485,6 +494,21 @@ def _as_loaded(adapted: Any, adapter: AdapterFacts) -> dict[str, Shape]:
     except (ValueError, RuntimeError, KeyError, IndexError):  # experts are missing, or have different shapes
         return dict(adapter.parameter_shapes)
     return {name: tuple(tensor.shape) for name, tensor in loaded.items()}
+
+
+def _lacking_experts(found: Mapping[str, Shape], parameters: AdapterParameters) -> list[str]:
+    """Return the tensors that a file has for some experts of a layer only, if PEFT fuses experts when it loads them.
+
+    Args:
+        found: Name -> shape of each tensor of the file.
+        parameters: What PEFT builds from its configuration.
+    """
+    if any(map(_OF_ONE_EXPERT.fullmatch, parameters.stored)):
+        return []
+    tensors = [match.groups() for match in map(_OF_ONE_EXPERT.fullmatch, found) if match]
+    layers, experts, parts = ({groups[index] for groups in tensors} for index in range(3))
+    names = map("".join, product(sorted(layers), sorted(experts, key=int), sorted(parts)))
+    return [name for name in names if name not in found]
 
 
 def _mismatch(

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import math
 import re
 import tempfile
 import warnings
@@ -46,6 +47,8 @@ _NUMBERS = _ACCEPTED.keys() | {
     "num_return_sequences",
 }
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_SWITCHES = ("do_sample", "use_cache")
+_LIMITS = (("min_length", "max_length"), ("min_new_tokens", "max_new_tokens"))
 _NEEDING_MORE = {"cache_config", "cache_implementation", "stop_strings", "token_healing"}
 """Settings for which `generate` needs a GPU or the argument `tokenizer`."""
 _CHECKED = {
@@ -187,7 +190,7 @@ def _generates(model: Any, settings: "GenerationConfig") -> bool:
 
 
 def check_generation(directory: Path, source: str, rows: int) -> None:
-    """Check the file of a model's generation settings: valid JSON, numbers where numbers belong, and token ids that exist.
+    """Check the file of a model's generation settings: valid JSON, valid types and lengths, and token ids that exist.
 
     Args:
         directory: Local directory with the model's configs.
@@ -211,12 +214,25 @@ def check_generation(directory: Path, source: str, rows: int) -> None:
             raise ModelError(
                 f"{where}: {name} is {settings[name]!r}, but must be a number. Correct it in a copy of the model."
             )
+    for name in _SWITCHES:
+        if settings.get(name) not in (True, False, None):
+            raise ModelError(
+                f"{where}: {name} is {settings[name]!r}, but must be true or false. Correct it in a copy of the model."
+            )
+    for least, most in _LIMITS:
+        # transformers ignores max_length beside max_new_tokens.
+        is_used = most == "max_new_tokens" or settings.get("max_new_tokens") is None
+        if is_used and (settings.get(least) or 0) > (settings.get(most) or math.inf):
+            raise ModelError(
+                f"{where}: {least} is {settings[least]}, but {most} is {settings[most]}. Correct one of them in a copy of the model."
+            )
     for name in _TOKENS:
         value = settings.get(name)
         for token in value if isinstance(value, list) and value else [] if value is None else [value]:
-            if type(token) is not int or token >= rows:
+            # transformers resets a pad_token_id of -1, and `generate` reads bos_token_id only without a prompt.
+            if type(token) is not int or token >= rows or (token < 0 and name == "eos_token_id"):
                 raise ModelError(
-                    f"{where}: {name} has the value {token!r}, but the model has {rows:,} tokens. Correct it in a copy of the model."
+                    f"{where}: {name} has the value {token!r}, but the model has {rows:,} tokens (ids 0 to {rows - 1:,}). Correct it in a copy of the model."
                 )
 
 

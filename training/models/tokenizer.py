@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from configs.loading import ConfigError
 from configs.schema import FinetuneConfig
@@ -21,7 +21,12 @@ _PROBE = "Order 1234567 costs $12.50.\r\n\n  It's WE'LL  caf\u00e9 cafe\u0301\n\
 
 
 def load_tokenizer(
-    directory: Path, *, trust_remote_code: bool, chat_template: str | None, source: str | None = None
+    directory: Path,
+    *,
+    trust_remote_code: bool,
+    chat_template: str | None,
+    source: str | None = None,
+    owner: Literal["model", "adapter"] = "model",
 ) -> "PreTrainedTokenizerFast":
     """Load the model's tokenizer.
 
@@ -33,7 +38,8 @@ def load_tokenizer(
         directory: Local directory with the tokenizer files.
         trust_remote_code: True if code in the directory may be executed.
         chat_template: Jinja source that replaces the model's template, or None.
-        source: Name of the model in messages; defaults to the directory.
+        source: Name of the model or adapter in messages; defaults to the directory.
+        owner: An adapter whose tokenizer is unusable can be continued with that of its base model.
     """
     with importing():
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -43,13 +49,20 @@ def load_tokenizer(
         if type(tokenizer).__module__.startswith("transformers.") and not _follows_file(tokenizer, directory):
             tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
     except Exception as error:  # tokenizers raises plain Exception for a corrupt file
+        subject, fix = {
+            "model": ("the tokenizer", "from the original model"),
+            "adapter": (
+                "the tokenizer beside the adapter",
+                "from where the adapter was saved, or delete them to use the base model's",
+            ),
+        }[owner]
         raise ModelError(
-            f"model {source or directory}: {_damaged_file(directory)}the tokenizer cannot be loaded ({first_line(error)}). Copy the tokenizer files again from "
-            "the original model. A tokenizer with custom code also needs trust_remote_code: true."
+            f"{owner} {source or directory}: {_damaged_file(directory)}{subject} cannot be loaded ({first_line(error)}). Copy the tokenizer "
+            f"files again {fix}. A tokenizer with custom code also needs trust_remote_code: true."
         ) from error
     if not tokenizer.is_fast:
         raise ModelError(
-            f"model {source or directory}: the tokenizer gives no character offsets (it has no tokenizer.json). Convert it to a fast tokenizer."
+            f"{owner} {source or directory}: the tokenizer gives no character offsets (it has no tokenizer.json). Convert it to a fast tokenizer."
         )
     if chat_template is not None:
         tokenizer.chat_template = chat_template

@@ -1,8 +1,8 @@
 """Checks that reject a run before training starts: missing packages, disk, template, quantization, LoRA targets, adapter shape."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from configs.loading import ConfigError, LoadedConfig
 from configs.schema import (
@@ -16,7 +16,7 @@ from training.data.prepared import PREPARED
 from training.data.request import DataRequest
 from training.data.summary import DataSummary
 from training.models.adapter import AdapterParameters, Mismatch, is_bias_of_base, unmatched_keys
-from training.models.architecture import is_embedding, is_head
+from training.models.architecture import MetaModel, is_embedding, is_head
 from training.models.files import (
     ADAPTER_FILE,
     CHAT_TEMPLATE_FILE,
@@ -24,6 +24,7 @@ from training.models.files import (
     AdapterFacts,
     ModelError,
     ModelFacts,
+    have_equal_bytes,
     is_hub_id,
     is_model_file,
     is_named,
@@ -260,6 +261,43 @@ def check_token_rows(config: FinetuneConfig, zero_stage: int) -> None:
             )
 
 
+def check_tied_head(
+    base: MetaModel,
+    facts: ModelFacts,
+    parameters: AdapterParameters | None,
+    rows: int,
+    unused: Collection[str],
+) -> None:
+    """Check that a tied LM head has no other values in the weight files where the run would tie it to the embedding.
+
+    transformers loads such a head untied, but PEFT ties trained rows, and so does `resize_token_embeddings`.
+
+    Args:
+        base: The base model.
+        facts: The base model's files.
+        parameters: The adapter's parameters, if PEFT counted them.
+        rows: Rows that the tokens of the run need in the embedding.
+        unused: Names of the tensors that the model does not load.
+    """
+    model: Any = base.model
+    is_tied = model.config.get_text_config().tie_word_embeddings
+    shares_rows = (
+        parameters is not None
+        and parameters.head in parameters.saved_modules
+        and not any(f".{parameters.head}." in name for name in parameters.trainable)
+    )
+    if not is_tied or not (shares_rows or rows > len(model.get_input_embeddings().weight)):
+        return
+    embeddings = embedding_tensor(facts)
+    for name in facts.tensors.keys() - set(unused):
+        if is_head(name) and embeddings in facts.tensors and not have_equal_bytes(facts, name, embeddings):
+            raise ModelError(
+                f"model {facts.source}: config.json ties the LM head to the embedding (tie_word_embeddings: true), but "
+                f"{facts.file_of(name)} has {name} with other values than {embeddings}. Rows of tokens and ensure_weight_tying would tie "
+                "them, so training would start from another model. Write tie_word_embeddings: false in config.json of a copy of the model."
+            )
+
+
 def check_zero_3_adapter(parameters: AdapterParameters, continued: AdapterFacts | None = None) -> None:
     """Check that an adapter can be trained under ZeRO-3, and that PEFT can load a continued one there.
 
@@ -302,7 +340,7 @@ def check_quantization(config: FinetuneConfig, facts: ModelFacts) -> None:
 
 def check_targets(lora: LoraConfig, facts: ModelFacts) -> None:
     """Check that target_modules of a new adapter matches the model."""
-    if targeted_modules(facts, lora):
+    if targeted_modules(facts, lora) or (lora.target_modules == [] and lora.target_parameters):
         return
     for key, without in (
         ("layers_to_transform", {"layers_to_transform": None, "layers_pattern": None}),
@@ -312,7 +350,7 @@ def check_targets(lora: LoraConfig, facts: ModelFacts) -> None:
             raise ConfigError(
                 f"lora_config.{key}: {getattr(lora, key)} leaves no module of {facts.source} with an adapter. Correct it, or remove it."
             )
-    names = sorted({module.split(".")[-1] for module in facts.matrix_shapes})
+    names = sorted({module.split(".")[-1] for module in facts.matrix_shapes if not is_head(f"{module}.")})
     raise ConfigError(
         f"lora_config.target_modules: {lora.target_modules} matches no module of {facts.source}, which has: {', '.join(names)}. "
         "Name some of these, or write all-linear."

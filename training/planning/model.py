@@ -73,6 +73,7 @@ from training.planning.checks import (
     check_quantization,
     check_same_adapter,
     check_targets,
+    check_tied_head,
     check_token_ids,
     check_token_indices,
     check_token_rows,
@@ -272,7 +273,9 @@ def _load_tokenizer(
             load_tokenizer(directory, trust_remote_code=trust, source=base, chat_template=template),
         )
     own = fetch_model(adapter.source, cache, is_tokenizer_file)
-    tokenizer = load_tokenizer(own, trust_remote_code=trust, source=adapter.source, chat_template=template)
+    tokenizer = load_tokenizer(
+        own, trust_remote_code=trust, source=adapter.source, chat_template=template, owner="adapter"
+    )
     if not _have_same_tokenizer(directory, own):
         check_token_ids(
             adapter,
@@ -307,6 +310,11 @@ def count_trainable(config: FinetuneConfig, settings: Settings, storage: Storage
             check_new_adapter(config, parameters, model.facts)
             targets = parameters.targets
         check_exclusions(config.lora_config, targets, model.facts)
+    continued = model.adapter_facts.lora if model.adapter_facts else {}
+    rows = rows_needed(continued.get("trainable_token_indices"))
+    if model.new_tokens:
+        rows = model.new_tokens.rows
+    check_tied_head(model.meta, model.facts, parameters, rows, model.unused_tensors)
     if parameters and settings.execution.zero_stage == 3:
         check_zero_3_adapter(parameters, model.adapter_facts)
     if config.final_export and not config.final_export.merge:

@@ -127,6 +127,20 @@ def test_adapter_with_a_module_per_expert_is_accepted(models: dict[str, Path], t
         differences(models["mixtral"], tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "tensor", ["1.block_sparse_moe.experts.2.w1.lora_A", "0.block_sparse_moe.experts.3.w2.lora_B"]
+)
+def test_missing_tensor_of_an_expert_is_named(models: dict[str, Path], tmp_path: Path, tensor: str):
+    write_adapter(tmp_path, models["mixtral"], target_modules=["q_proj"])
+    change_config(tmp_path, target_modules=["q_proj", "w1", "w2", "w3"])
+    change_tensors(tmp_path, per_expert)
+    change_tensors(tmp_path, without(f"{tensor}.weight"))
+    assert differences(models["mixtral"], tmp_path) == [
+        f"{PREFIX}model.layers.{tensor}.weight is missing from the file"
+    ]
+
+
 # --- Tensors that do not fit are named ------------------------------------------------------------------------------
 
 
@@ -324,6 +338,16 @@ def test_setting_that_cannot_be_trained_further_is_rejected(
         differences(models["llama"], adapter)
 
 
+def test_merge_weights_of_early_peft_is_ignored(models: dict[str, Path], adapter: Path):
+    """It merged the weights for evaluation, and separated them again for training."""
+    base = AutoModelForCausalLM.from_pretrained(models["llama"])
+    expected = logits_of(attach_adapter(base, adapter))
+    change_config(adapter, merge_weights=True, enable_lora=None)
+    assert differences(models["llama"], adapter) == []
+    base = AutoModelForCausalLM.from_pretrained(models["llama"])
+    assert torch.equal(logits_of(attach_adapter(base, adapter)), expected)
+
+
 def test_adapter_marked_for_another_architecture_loads_as_causal(models: dict[str, Path], adapter: Path):
     change_config(adapter, task_type="SEQ_2_SEQ_LM")
     assert differences(models["llama"], adapter) == []
@@ -359,6 +383,8 @@ def test_weights_that_are_not_floating_point_numbers_of_16_bits_are_rejected(ada
     [
         ("llama", {"modules_to_save": ["lm_heda"]}, "modules_to_save: lm_heda"),
         ("llama", {"rank_pattern": {"q_porj": 2}}, "rank_pattern: q_porj"),
+        ("llama", {"bias": "all"}, "bias: all"),
+        ("biased", {"bias": "lora_only", "target_modules": ["up_proj"]}, "bias: lora_only"),
         (
             "llama",
             {"target_modules": ["q_proj"], "layers_to_transform": [0, 5]},

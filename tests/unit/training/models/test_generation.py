@@ -185,6 +185,14 @@ def test_integers_that_generate_rejects_become_floats(tiny_model: Path, tmp_path
         ('{"pad_token_id": 512}', "pad_token_id has the value 512"),
         ('{"eos_token_id": []}', r"eos_token_id has the value \[\]"),
         ('{"bos_token_id": "<s>"}', "bos_token_id has the value '<s>'"),
+        (
+            '{"eos_token_id": -1}',
+            r"eos_token_id has the value -1, but the model has 512 tokens \(ids 0 to 511\)",
+        ),
+        ('{"eos_token_id": [2, -1]}', "eos_token_id has the value -1"),
+        ('{"do_sample": "yes"}', "do_sample is 'yes', but must be true or false"),
+        ('{"min_length": 100, "max_length": 50}', "min_length is 100, but max_length is 50"),
+        ('{"min_new_tokens": 9, "max_new_tokens": 8}', "min_new_tokens is 9, but max_new_tokens is 8"),
     ],
 )
 def test_faulty_generation_config_raises_an_error_with_file_and_key(
@@ -195,6 +203,13 @@ def test_faulty_generation_config_raises_an_error_with_file_and_key(
     (directory / "generation_config.json").write_text(content)
     with pytest.raises(ModelError, match=rf"^model tiny: generation_config\.json: {fault}"):
         check_generation(directory, "tiny", 512)
+
+
+def test_settings_that_transformers_resets_or_ignores_are_accepted(tiny_model: Path, tmp_path: Path):
+    settings = {"pad_token_id": -1, "do_sample": None, "min_length": 9, "max_length": 8, "max_new_tokens": 20}
+    check_generation(
+        with_settings(tiny_model, tmp_path / "model", "generation_config.json", **settings), "tiny", 512
+    )
 
 
 def test_token_ids_of_old_models_in_config_json_are_checked(tiny_model: Path, tmp_path: Path):

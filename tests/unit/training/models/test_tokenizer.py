@@ -9,6 +9,9 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from tests.support.tiny_model import make_model
+from training.data.chat_template import ChatTemplate
+from training.data.errors import DataError
+from training.data.records import Chat
 from training.models.files import ModelError
 from training.models.tokenizer import load_tokenizer
 
@@ -62,3 +65,32 @@ def test_damaged_file_is_named(name: str, content: str, tmp_path: Path):
         ModelError, match=rf"^model a/tiny: {re.escape(name)}: the tokenizer cannot be loaded"
     ):
         load_tokenizer(tmp_path, trust_remote_code=False, chat_template=None, source="a/tiny")
+
+
+def test_damaged_tokenizer_of_an_adapter_is_named_with_both_fixes(tmp_path: Path):
+    (tmp_path / "tokenizer.json").write_text("{")
+    message = r"^adapter a/b: tokenizer\.json: the tokenizer beside the adapter .*where the adapter was saved, or delete them"
+    with pytest.raises(ModelError, match=message):
+        load_tokenizer(tmp_path, trust_remote_code=False, chat_template=None, source="a/b", owner="adapter")
+
+
+@pytest.mark.parametrize(
+    "file", ["chat_template.jinja", "additional_chat_templates/tool_use.jinja", "tokenizer_config.json"]
+)
+def test_chat_template_with_a_syntax_error_is_named(file: str, tmp_path: Path):
+    make_model(tmp_path)
+    template, broken = tmp_path / "chat_template.jinja", "{% for m in messages %}{{ m.content }"
+    place = tmp_path / file
+    if place.suffix == ".json":
+        template.unlink()
+        place.write_text(json.dumps(json.loads(place.read_text()) | {"chat_template": broken}))
+    else:
+        place.parent.mkdir(exist_ok=True)
+        place.write_text(broken)
+    tokenizer = load_tokenizer(tmp_path, trust_remote_code=False, chat_template=None)
+    chat = Chat([{"role": "user", "content": "Hi"}], tools=[{"type": "function"}])
+    with pytest.raises(DataError, match=rf"^{re.escape(str(place))}: the chat template has a syntax error"):
+        ChatTemplate(tokenizer).render(chat.messages, chat)
+    tokenizer.chat_template = broken + " "
+    with pytest.raises(DataError, match=r"^the chat template has a syntax error"):
+        ChatTemplate(tokenizer).render(chat.messages, chat)

@@ -6,15 +6,23 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from configs.loading import ConfigError, LoadedConfig
 from configs.schema import FinetuneConfig, LoraConfig
-from training.models.adapter import AdapterParameters
-from training.models.files import AdapterFacts, ModelError, ModelFacts
+from tests.support.adapters import logits_of, meta_model
+from tests.support.tiny_model import make_model
+from training.models.adapter import AdapterParameters, new_adapter
+from training.models.architecture import check_tensors
+from training.models.files import AdapterFacts, ModelError, ModelFacts, read_model_facts
+from training.models.new_tokens import grow_vocabulary
 from training.models.tokenizer import load_tokenizer
+from training.models.torch_provider import load_weights, peft_config
 from training.planning import checks
 from training.planning.checks import (
     check_adapter_tokenizer,
@@ -23,6 +31,7 @@ from training.planning.checks import (
     check_exclusions,
     check_new_adapter,
     check_targets,
+    check_tied_head,
     check_token_ids,
     check_token_indices,
     check_vocabulary,
@@ -192,6 +201,63 @@ def test_key_that_leaves_no_module_with_an_adapter_is_named(lora: dict[str, Any]
     facts = ModelFacts("org/name", "A", shapes, 0, None, None, False)
     with pytest.raises(ConfigError, match=rf"^lora_config\.{key}: "):
         check_targets(LoraConfig(**lora), facts)
+
+
+def test_target_parameters_need_no_target_modules():
+    shapes = {"model.layers.0.self_attn.q_proj.weight": (64, 64), "lm_head.weight": (512, 64)}
+    facts = ModelFacts("org/name", "A", shapes, 0, None, None, False)
+    check_targets(LoraConfig(target_modules=[], target_parameters=["mlp.experts.down_proj"]), facts)
+    with pytest.raises(ConfigError, match=r"target_modules: \[\] matches no module .* which has: q_proj\."):
+        check_targets(LoraConfig(target_modules=[]), facts)
+
+
+def with_head(directory: Path, factor: float) -> Path:
+    """Return a model whose config ties the LM head, but whose file has one: the embedding times a factor."""
+    make_model(directory, tie_word_embeddings=True)
+    tensors = load_file(directory / "model.safetensors")
+    tensors["lm_head.weight"] = factor * tensors["model.embed_tokens.weight"]
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("lora", "rows", "is_tied"),
+    [
+        ({}, 0, False),
+        ({"modules_to_save": ["embed_tokens"]}, 0, False),
+        ({"modules_to_save": ["lm_head"]}, 0, False),
+        ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, 0, True),
+        ({"trainable_token_indices": [1, 5]}, 0, True),
+        ({"trainable_token_indices": {"embed_tokens": [1, 5]}}, 0, True),
+        ({"trainable_token_indices": {"lm_head": [1, 5]}}, 0, False),
+        ({"trainable_token_indices": {"embed_tokens": [1, 5], "lm_head": [7]}}, 0, False),
+        ({}, 512, False),
+        ({}, 513, True),
+    ],
+    ids=str,
+)
+def test_other_head_of_a_tied_model_is_rejected_where_training_would_tie_it(
+    lora: dict[str, Any], rows: int, is_tied: bool, tmp_path: Path
+):
+    directory = with_head(tmp_path, -0.5)
+    settings, facts, base = LoraConfig(**lora), read_model_facts(str(directory)), meta_model(directory)
+    unused = check_tensors(base, facts)
+    message = r"^model .*tie_word_embeddings: true.* model\.safetensors has lm_head\.weight with other values"
+    with pytest.raises(ModelError, match=message) if is_tied else nullcontext():
+        check_tied_head(base, facts, new_adapter(base, settings), rows, unused)
+    model = load_weights(directory, dtype="fp32")
+    expected = logits_of(model)
+    grow_vocabulary(model, rows)
+    model.config.get_text_config().vocab_size = 512  # of the fixed tokens
+    start = logits_of(peft.get_peft_model(model, peft_config(settings)))[..., :512]
+    assert torch.allclose(start, expected, atol=1e-5) is not is_tied
+
+
+def test_head_that_equals_the_embedding_of_a_tied_model_is_accepted(tmp_path: Path):
+    directory = with_head(tmp_path, 1)
+    base, facts = meta_model(directory), read_model_facts(str(directory))
+    check_tied_head(base, facts, None, 513, check_tensors(base, facts))
 
 
 @pytest.mark.parametrize(
