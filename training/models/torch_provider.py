@@ -1,5 +1,6 @@
 """The torch provider: plain transformers and PEFT, the reference for the other providers."""
 
+import warnings
 from contextlib import nullcontext
 from functools import partial, wraps
 from pathlib import Path
@@ -215,7 +216,9 @@ def loaded_config(directory: Path) -> peft.LoraConfig:
     The initialization is skipped: some would only be overwritten, and EVA needs data. A task type of another architecture would
     make PEFT pass other inputs to the model.
     """
-    settings = peft.LoraConfig.from_pretrained(str(directory))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about keys that PEFT does not know; the plan has accounted for each
+        settings = peft.LoraConfig.from_pretrained(str(directory))
     assert isinstance(settings, peft.LoraConfig)
     settings.init_lora_weights = True
     settings.eva_config = None

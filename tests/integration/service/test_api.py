@@ -670,6 +670,7 @@ def test_events_of_a_running_job_are_read_only_after_a_change(
         return sum(key == metrics_key("red", job) for key in read)
 
     assert steps() == []
+    read.clear()
     write_steps(store, job, [1, 2])
     assert [steps(), steps(), steps()] == [[2, 1]] * 3
     assert reads_of_metrics() == 1
