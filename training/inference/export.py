@@ -426,6 +426,10 @@ def _write_model(
         progress("merging")
         model = merge_adapter(model, base, weights)
     model.config.use_cache = True  # disabled during training
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        # transformers loads a stored head despite true, but vLLM and llama.cpp would leave it out.
+        model.config.get_text_config().tie_word_embeddings = False
     if model.generation_config is not None:
         _set_stop_tokens(model.generation_config, trained)
     _check_finite(model, planned)

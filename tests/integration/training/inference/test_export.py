@@ -454,6 +454,30 @@ def test_checkpoint_with_nan_is_not_exported(
     assert not Path(run, "exports").exists()
 
 
+@pytest.mark.parametrize("full", [False, True], ids=["adapter", "full"])
+def test_head_of_a_base_that_is_said_to_be_tied_is_exported_untied(
+    run_command: RunCommand,
+    storage: Store,
+    tiny_model: Path,
+    tmp_path: Path,
+    scratch: dict[str, str],
+    full: bool,
+):
+    """transformers 5.17 loads a head that differs from the embedding; other programs tie it because of the config."""
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    assert "lm_head.weight" in load_file(model / "model.safetensors")
+    run = (
+        store_full_run(storage, "run", model, **scratch)
+        if full
+        else store_adapter_run(storage, "run", model, LORA, **scratch)
+    )
+    exported = parse_export(run_command("export", run, "--dtype", "fp32", "--json"))
+    assert json.loads(Path(exported.uri, "config.json").read_text())["tie_word_embeddings"] is False
+    assert "lm_head.weight" in load_file(Path(exported.uri, "model.safetensors"))
+
+
 def test_weights_that_a_dtype_cannot_hold_are_not_exported(
     run_command: RunCommand, storage: Store, tiny_model: Path, tmp_path: Path, scratch: dict[str, str]
 ):
