@@ -77,7 +77,8 @@ async def _continued(first: bytes, rest: AsyncGenerator[bytes]) -> AsyncGenerato
 
 
 def job_router(jobs: Jobs, progress: Progress) -> APIRouter:
-    """Return the routes of /v1/fine_tuning/jobs. FastAPI validates dicts, which costs more than the rest of the routes that are polled."""
+    """Return the routes of /v1/fine_tuning/jobs."""
+    # Clients poll two of them, which return responses: FastAPI's validation of a dict costs more than the rest of such a request.
     router = APIRouter(prefix="/v1/fine_tuning/jobs")
 
     @router.post("")

@@ -8,7 +8,7 @@ import secrets
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
@@ -88,6 +88,20 @@ def checksum(path: Path, algorithm: str = "crc64nvme") -> str:
         while block := file.read(_BLOCK_BYTES):
             value = update(block, value)
     return checksum_text(value, algorithm)
+
+
+def first_changed(directory: Path, checksums: Mapping[str, str]) -> str | None:
+    """Return the first file of a directory that is missing or has another content; None if all are unchanged.
+
+    Args:
+        directory: The directory.
+        checksums: Relative path -> checksum of each file.
+    """
+    for name, expected in checksums.items():
+        path = safe_join(directory, name)
+        if not path.exists() or checksum(path) != expected:
+            return name
+    return None
 
 
 def checksum_bytes(data: bytes) -> str:

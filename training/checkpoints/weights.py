@@ -8,7 +8,7 @@ from pathlib import Path
 from runs.layout import MANIFEST_FILE
 from training.checkpoints.store import not_as_committed, read_manifest
 from training.models.files import fetch_hub_model, is_hub_id, only_indexed_weights
-from utils.files import checksum, safe_join
+from utils.files import first_changed
 from utils.storage.bucket import DamagedError, is_remote, open_store, sync_to_node
 
 
@@ -61,10 +61,9 @@ def verify_local_weights(uri: str, directory: Path, wanted: Callable[[str], bool
     """Verify the wanted files of a local checkpoint against its manifest; remote ones are verified during the download."""
     if is_remote(uri):
         return
-    for file, committed in _committed_checksums(uri).items():
-        path = safe_join(directory, file)
-        if wanted(file) and not (path.exists() and checksum(path) == committed):
-            raise not_as_committed(uri, file)
+    committed = {file: found for file, found in _committed_checksums(uri).items() if wanted(file)}
+    if changed := first_changed(directory, committed):
+        raise not_as_committed(uri, changed)
 
 
 def _committed_checksums(uri: str) -> dict[str, str]:

@@ -42,7 +42,7 @@ from training.planning.exportable import (
     check_vllm_base,
     gguf_converter,
 )
-from utils.files import checksum, checksum_bytes, format_bytes, free_bytes, safe_join
+from utils.files import checksum, checksum_bytes, first_changed, format_bytes, free_bytes
 from utils.storage.bucket import (
     DamagedError,
     Store,
@@ -149,10 +149,9 @@ def _fetch(exported: Export, cache: Path) -> Path:
         directory = sync_to_node(exported.uri, cache / "exports", lambda key: key in checksums, checksums)
     except DamagedError as error:
         raise _changed(exported.uri, error.key) from error
-    if not is_remote(exported.uri):  # which sync_to_node verifies
-        for name, exported_checksum in checksums.items():
-            if checksum(safe_join(directory, name)) != exported_checksum:
-                raise _changed(exported.uri, name)
+    # sync_to_node has verified a download.
+    if not is_remote(exported.uri) and (file := first_changed(directory, checksums)):
+        raise _changed(exported.uri, file)
     return directory
 
 
@@ -412,7 +411,7 @@ def _write_model(
     trained: "TrainedModel", planned: Export, directory: Path, progress: Callable[[str], None]
 ) -> None:
     """Write the model with one copy in memory: modules are merged one at a time, and files written shard by shard."""
-    from training.inference.merging import merge_adapter
+    from training.inference.merging import merge_adapter, record_tying
     from training.models.torch_provider import load_weights
 
     assert planned.dtype is not None
@@ -426,10 +425,7 @@ def _write_model(
         progress("merging")
         model = merge_adapter(model, base, weights)
     model.config.use_cache = True  # disabled during training
-    head = model.get_output_embeddings()
-    if head is not None and head.weight is not model.get_input_embeddings().weight:
-        # transformers loads a stored head despite true, but vLLM and llama.cpp would leave it out.
-        model.config.get_text_config().tie_word_embeddings = False
+    record_tying(model)
     if model.generation_config is not None:
         _set_stop_tokens(model.generation_config, trained)
     _check_finite(model, planned)

@@ -193,8 +193,17 @@ def _cast_ends(model: Any, dtype: torch.dtype) -> None:
 
 def _tie_if_equal(model: Any) -> None:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = torch.equal(head.weight, embedding.weight)
-    if tied:
+    if torch.equal(head.weight, embedding.weight):
         head.weight = embedding.weight
-    for config in (model.config, model.config.get_text_config()):
-        config.tie_word_embeddings = tied
+    record_tying(model)
+
+
+def record_tying(model: Any) -> None:
+    """Make the config of a model say whether its LM head is the embedding.
+
+    transformers loads a stored head that differs from the embedding even if the config says that it is tied; other programs do not.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None:
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = head.weight is embedding.weight

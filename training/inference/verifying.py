@@ -299,9 +299,8 @@ def _rows(trained: "TrainedModel", ids: int) -> tuple[list[Row], str]:
         stored = _prepared_rows(trained, fingerprint) if fingerprint else None
         if stored:
             return [_end_of(row) for row in stored], source
-    return _made_up_rows(
-        min(ids, len(trained.tokenizer()))
-    ), "random tokens, because the prepared rows were deleted"
+    made_up = _made_up_rows(min(ids, len(trained.tokenizer())))
+    return made_up, "random tokens, because the prepared rows were deleted"
 
 
 def _prepared_rows(trained: "TrainedModel", fingerprint: str) -> list[dict[str, Any]] | None:
