@@ -25,7 +25,7 @@ PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 ARE_INSTALLED = $(BIN)/python -c 'import sys; from importlib.metadata import version; \
 	sys.exit(any(version(n).split("+")[0] != v for n, v in (pin.split("==") for pin in sys.argv[1:])))'
 
-.PHONY: help setup setup-unsloth setup-trackers setup-cluster setup-service setup-gguf setup-dev quickstart test test-all test-resume test-kernels test-cookbooks test-nodes test-submit test-service test-vllm test-gguf test-image fuzz bench-data bench-data-memory lint format schema lock bench-overhead bench-first-step bench-memory bench-resume bench-bucket bench-model-fetch bench-checkpoints bench-gpu bench-service setup-vllm clean
+.PHONY: help setup setup-unsloth setup-trackers setup-cluster setup-service setup-gguf setup-dev quickstart test test-all test-resume test-kernels test-cookbooks test-nodes test-submit test-service test-vllm test-gguf test-image fuzz bench-data bench-data-memory lint format schema lock bench-overhead bench-first-step bench-memory bench-resume bench-bucket bench-model-fetch bench-checkpoints bench-gpu bench-service bench-polling setup-vllm clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' Makefile
@@ -168,6 +168,9 @@ bench-gpu: setup-unsloth  ## measure speed and memory on a GPU against Unsloth's
 
 bench-service: setup  ## measure chat with the transformers engine against plain generate
 	$(BIN)/python benchmarks/service.py
+
+bench-polling: setup  ## measure what 100 clients that poll a job of the service take from its training
+	$(BIN)/python benchmarks/polling.py
 
 # vLLM pins other versions of the packages for training. The wheel is installed last and alone: its metadata names torch's vision and
 # audio packages, which text models do not need.

@@ -48,6 +48,7 @@ _RATIOS = {
         "chat_first_token_to_before": ("first_token_seconds", "chat", "chat_before"),
         "chat_cpu_seconds_to_before": ("cpu_seconds", "chat", "chat_before"),
         "plain_chat_first_token_to_before": ("first_token_seconds", "plain_chat", "chat_before"),
+        "plain_base_model_first_token_to_before": ("first_token_seconds", "plain_base_model", "chat_before"),
     },
 }
 
@@ -80,7 +81,8 @@ def main() -> None:
             "tiny_before": lambda: train(options.base, directory, tiny, rows, 1),
             "chat": lambda: chat(PROJECT, runs[PROJECT]),
             "chat_before": lambda: chat(options.base, runs[options.base]),
-            "plain_chat": lambda: plain_chat(runs[PROJECT]),
+            "plain_chat": lambda: plain_chat(adapter_of(runs[PROJECT])),
+            "plain_base_model": lambda: plain_chat(model),
         }
         for part in options.part or _RATIOS:
             compare(part, contestants, options.rounds)
@@ -143,10 +145,15 @@ def chat(tree: Path, run: str) -> dict[str, Any]:
     return {"first_token_seconds": first_token, "cpu_seconds": cpu_seconds}
 
 
-def plain_chat(run: str) -> dict[str, Any]:
-    """Ask the same question with plain transformers and PEFT, which read the directory of the run's only checkpoint."""
+def adapter_of(run: str) -> Path:
+    """Return the directory of a run's only checkpoint."""
     (adapter,) = Path(run, "checkpoints").iterdir()
-    arguments = ["benchmarks/plain_chat.py", str(adapter), _QUESTION, str(_ANSWER_TOKENS)]
+    return adapter
+
+
+def plain_chat(directory: Path) -> dict[str, Any]:
+    """Ask the same question with plain transformers and, for an adapter, PEFT."""
+    arguments = ["benchmarks/plain_chat.py", str(directory), _QUESTION, str(_ANSWER_TOKENS)]
     first_token, cpu_seconds, _ = timed(PROJECT, arguments, None)
     return {"first_token_seconds": first_token, "cpu_seconds": cpu_seconds}
 

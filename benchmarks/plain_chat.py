@@ -1,19 +1,25 @@
-"""The peer of `chat` in benchmarks/first_step.py: plain transformers and PEFT, with nothing to fetch or to verify.
+"""The peers of `chat` in benchmarks/first_step.py: plain transformers and PEFT, with nothing to fetch or to verify.
 
-python benchmarks/plain_chat.py ADAPTER_DIRECTORY PROMPT MAX_NEW_TOKENS
+python benchmarks/plain_chat.py DIRECTORY PROMPT MAX_NEW_TOKENS
 """
 
 import sys
+from pathlib import Path
+from typing import Any
 
 import torch
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer, TextStreamer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 
-def answer(adapter: str, prompt: str, max_new_tokens: int) -> None:
-    """Print the answer of an adapter on its base model, token by token, as in the documentation of both libraries."""
-    tokenizer = AutoTokenizer.from_pretrained(adapter)
-    model = AutoPeftModelForCausalLM.from_pretrained(adapter)
+def answer(directory: str, prompt: str, max_new_tokens: int) -> None:
+    """Print the answer of a model, or of an adapter on its base model, token by token, as in the documentation of both libraries."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model_class: Any = AutoModelForCausalLM
+    if Path(directory, "adapter_config.json").exists():
+        from peft import AutoPeftModelForCausalLM  # a model without an adapter needs no PEFT
+
+        model_class = AutoPeftModelForCausalLM
+    model = model_class.from_pretrained(directory)
     inputs = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}],
         add_generation_prompt=True,

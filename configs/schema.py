@@ -744,7 +744,8 @@ class FinetuneConfig(Section):
     """auto: one GPU per worker on a cluster (RAY_ADDRESS, --submit) and on a machine with GPUs, else CPU."""
 
     worker_resources: Resources = {}
-    """Ray resources per worker, such as `accelerator_type:A10G: 0.001`; memory in bytes or as 50GiB."""
+    """Ray resources per worker, such as `accelerator_type:A10G: 0.001`; memory in bytes or as 50GiB. With `device: cpu`, a worker has as
+    many threads as its `CPU`; without `CPU`, the workers of a node share all of its cores."""
 
     trainer_resources: Resources = {}
     """Accepted for compatibility with older files and ignored; Ray Train's controller takes no resources."""

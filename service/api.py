@@ -19,9 +19,8 @@ from service.config import LoadedService
 from service.errors import ApiError, invalid, server_error, storage_error
 from service.files import Files
 from service.jobs import Jobs
-from service.keys import Keyring
 from service.metrics import CONTENT_TYPE, Metrics
-from service.middleware import AuthMiddleware, RequestRates, answer_error
+from service.middleware import AuthMiddleware, Keyring, RequestRates, answer_error
 from service.models import Models, ServedModel
 from service.progress import Progress
 from service.routes import caller_of, file_router, job_router, model_router
@@ -52,8 +51,10 @@ def create_app(service: LoadedService, handles: Mapping[str, Any]) -> ASGIApp:
     metrics = Metrics(store)
     app = FastAPI(title="Anneal", openapi_url=None, redirect_slashes=False)
     _add_error_handlers(app)
+    app.include_router(
+        job_router(Jobs(store, service, models), Progress(store))
+    )  # first, since clients poll them
     app.include_router(file_router(Files(store, S3Store(uri), limits)))
-    app.include_router(job_router(Jobs(store, service, models), Progress(store)))
     app.include_router(model_router(models))
 
     def resolve(model_id: str, request: Request) -> ServedModel:

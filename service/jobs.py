@@ -188,9 +188,9 @@ class Jobs:
         self._store.delete([active_key(caller.project, each) for each in marked if each != created["id"]])
         return created
 
-    def get(self, project: str, job_id: str) -> Record:
-        """Return a job; raise an ApiError if it does not exist."""
-        record = self._shared(f"{project}/{job_id}", lambda: jobs_of(self._store, project).get(job_id))
+    async def get(self, project: str, job_id: str) -> Record:
+        """Return a job; raise an ApiError if it does not exist. Requests for the same job share reads of the bucket."""
+        record = await self._shared(f"{project}/{job_id}", lambda: jobs_of(self._store, project).get(job_id))
         if record is None:
             raise _no_job(job_id)
         return record

@@ -5,9 +5,7 @@ import json
 import secrets
 import time
 from dataclasses import dataclass
-from threading import Lock
 
-from service.errors import ApiError
 from service.layout import PROJECT_NAME
 from utils.command_line import main_line
 from utils.errors import AnnealError
@@ -15,8 +13,6 @@ from utils.storage.bucket import AlreadyExistsError
 from utils.storage.s3 import S3Store
 
 _KEYS = "keys/"
-_CACHE_SECONDS = 2.0
-_MAX_CACHED = 10_000
 
 
 class KeysError(AnnealError):
@@ -54,7 +50,7 @@ def create_key(store: S3Store, project: str) -> str:
         "created_at": int(time.time()),
         "revoked_at": None,
     }
-    store.write(_key_of(key), json.dumps(record).encode(), only_if_absent=True)
+    store.write(key_name(key), json.dumps(record).encode(), only_if_absent=True)
     return key
 
 
@@ -96,47 +92,20 @@ def revoke_keys(store: S3Store, project: str, key_id: str | None) -> list[KeyRec
     return revoked
 
 
-class Keyring:
-    """The keys that requests send, with answers of the bucket cached for seconds."""
+def read_caller(store: S3Store, name: str) -> Caller | None:
+    """Return the caller with a key; None if there is no such key, or it was revoked.
 
-    def __init__(self, store: S3Store):
-        self._store = store
-        self._cache: dict[str, tuple[float, Caller | None]] = {}
-        self._lock = Lock()
-
-    def caller(self, authorization: str) -> Caller:
-        """Return the caller of a request.
-
-        Args:
-            authorization: The Authorization header.
-
-        Raises:
-            ApiError: 401 for no key, a wrong key or a revoked key.
-        """
-        scheme, _, key = authorization.partition(" ")
-        if scheme.lower() != "bearer" or not key.strip():
-            raise _unauthorized("You didn't provide an API key. Send it as `Authorization: Bearer KEY`.")
-        name = _key_of(key.strip())
-        with self._lock:
-            until, caller = self._cache.get(name, (0.0, None))
-        if until < time.monotonic():
-            content = self._store.read_if_exists(name)
-            record = KeyRecord(**json.loads(content)) if content else None
-            caller = Caller(record.project, record.id) if record and record.revoked_at is None else None
-            with self._lock:
-                if len(self._cache) >= _MAX_CACHED:
-                    self._cache.clear()
-                self._cache[name] = (time.monotonic() + _CACHE_SECONDS, caller)
-        if caller is None:
-            raise _unauthorized("Incorrect API key provided, or the key was revoked.", "invalid_api_key")
-        return caller
+    Args:
+        store: The service's storage path.
+        name: The key's name in the bucket.
+    """
+    content = store.read_if_exists(name)
+    record = KeyRecord(**json.loads(content)) if content else None
+    return Caller(record.project, record.id) if record and record.revoked_at is None else None
 
 
-def _unauthorized(message: str, code: str | None = None) -> ApiError:
-    return ApiError(status=401, message=message, code=code, headers={"WWW-Authenticate": "Bearer"})
-
-
-def _key_of(key: str) -> str:
+def key_name(key: str) -> str:
+    """Return the name of a key in the bucket."""
     # A key has 288 random bits, so its hash needs no salt.
     return f"{_KEYS}{hashlib.sha256(key.encode('utf-8', 'surrogateescape')).hexdigest()}.json"
 

@@ -10,17 +10,18 @@ from functools import cache
 from typing import Any
 
 import anyio
-import anyio.to_thread
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import ApiError, error_body, server_error, storage_error
-from service.keys import Caller, Keyring
+from service.keys import Caller, key_name, read_caller
 from service.metrics import Metrics
+from service.shared_calls import SharedCalls
 from utils.storage.bucket import BucketError
+from utils.storage.s3 import S3Store
 
 _OPEN_PATHS = ("/healthz", "/metrics")
-_MAX_KEYS = 10_000
+_CACHE_SECONDS, _MAX_KEYS = 2.0, 10_000
 _METHODS = ("GET", "POST", "DELETE", "HEAD", "OPTIONS", "PUT", "PATCH")
 
 _log, _access_log = logging.getLogger("service"), logging.getLogger("service.access")
@@ -28,8 +29,44 @@ _log, _access_log = logging.getLogger("service"), logging.getLogger("service.acc
 
 @cache
 def _key_threads() -> anyio.CapacityLimiter:
-    """Return the limiter of threads that check keys: requests that wait for the bucket must not take them."""
+    """Return the limiter of threads that read keys: requests that wait for the bucket must not take them."""
     return anyio.CapacityLimiter(64)
+
+
+class Keyring:
+    """The keys that requests send, with answers of the bucket cached for seconds; for one event loop."""
+
+    def __init__(self, store: S3Store):
+        self._store = store
+        self._cache: dict[str, tuple[float, Caller | None]] = {}
+        self._shared = SharedCalls[Caller | None](_key_threads)
+
+    async def caller(self, authorization: str) -> Caller:
+        """Return the caller of a request.
+
+        Args:
+            authorization: The Authorization header.
+
+        Raises:
+            ApiError: 401 for no key, a wrong key or a revoked key.
+        """
+        scheme, _, key = authorization.partition(" ")
+        if scheme.lower() != "bearer" or not key.strip():
+            raise _unauthorized("You didn't provide an API key. Send it as `Authorization: Bearer KEY`.")
+        name = key_name(key.strip())
+        until, caller = self._cache.get(name, (0.0, None))
+        if until < time.monotonic():
+            caller = await self._shared(name, lambda: read_caller(self._store, name))
+            if len(self._cache) >= _MAX_KEYS:
+                self._cache.clear()
+            self._cache[name] = (time.monotonic() + _CACHE_SECONDS, caller)
+        if caller is None:
+            raise _unauthorized("Incorrect API key provided, or the key was revoked.", "invalid_api_key")
+        return caller
+
+
+def _unauthorized(message: str, code: str | None = None) -> ApiError:
+    return ApiError(status=401, message=message, code=code, headers={"WWW-Authenticate": "Bearer"})
 
 
 class RequestRates:
@@ -89,9 +126,7 @@ class AuthMiddleware:
             try:
                 headers = {name: value for name, value in scope["headers"] if name == b"authorization"}
                 authorization = headers.get(b"authorization", b"").decode("latin-1")
-                caller = await anyio.to_thread.run_sync(
-                    self._keyring.caller, authorization, limiter=_key_threads()
-                )
+                caller = await self._keyring.caller(authorization)
                 self._rates.count(caller.key_id)
             except ApiError as error:
                 await answer_error(error)(scope, receive, send)

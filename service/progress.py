@@ -48,36 +48,14 @@ class Progress:
         self._shared = SharedCalls[dict[int, Figures]]()
         self._changing = threading.Lock()
 
-    def events(self, project: str, job: Record, query: PageQuery) -> dict[str, Any]:
-        """Return a part of the list of events of a job as the API answers it; only its events are built."""
-        name, total = job["id"].removeprefix(JOB_PREFIX), job["total_steps"]
-        steps = self.steps(project, job["id"])
-        newest_first = not query.ascending
-        messages = sorted(
-            (
-                (at, f"ftevent-{name}-m{number:05d}", (level, text))
-                for at, level, text, number in job["messages"]
-            ),
-            reverse=newest_first,
-        )
-        metrics = (
-            (_time_of(job, step), f"ftevent-{name}-s{step:07d}", step)
-            for step in (reversed(steps) if newest_first else steps)
-        )
+    async def shared_steps(self, project: str, job_id: str) -> dict[int, Figures]:
+        """Return what `steps` returns; requests for the same job share reads of the bucket."""
+        return await self._shared(job_id, lambda: self.steps(project, job_id))
 
-        def shape(event: _Event) -> dict[str, Any]:
-            created_at, identifier, content = event
-            if isinstance(content, int):
-                return _metrics_event(identifier, created_at, content, total, steps[content])
-            level, text = content
-            return _event_body(identifier, created_at, text, level=level)
-
-        merged = heapq.merge(messages, metrics, key=lambda event: event[:2], reverse=newest_first)
-        return slice_by_id(merged, query, "event", lambda event: event[1], shape)
-
-    def checkpoints(self, project: str, job: Record, query: PageQuery) -> dict[str, Any]:
+    def checkpoints(
+        self, project: str, job: Record, steps: dict[int, Figures], query: PageQuery
+    ) -> dict[str, Any]:
         """Return a part of the list of committed checkpoints of a job as the API answers it."""
-        steps = self.steps(project, job["id"])
         found = committed(run_store(self._store, project, job["id"]))
         bodies = [
             {
@@ -107,9 +85,6 @@ class Progress:
     def steps(self, project: str, job_id: str) -> dict[int, Figures]:
         """Return step -> metrics of a job's run with OpenAI's names, in order; empty before the first."""
         key = metrics_key(project, job_id)
-        return self._shared(key, lambda: self._read(key))
-
-    def _read(self, key: str) -> dict[int, Figures]:
         known = self._known.get(key)
         try:
             if known and known[0] == self._store.stat(key).etag:
@@ -132,6 +107,30 @@ class Progress:
             while len(self._known) > 1 and (len(self._known) > _MAX_RUNS or steps > _MAX_STEPS):
                 _, (_, figures) = self._known.popitem(last=False)
                 steps -= len(figures)
+
+
+def events_body(job: Record, steps: dict[int, Figures], query: PageQuery) -> dict[str, Any]:
+    """Return a part of the list of events of a job as the API answers it; only its events are built."""
+    name, total = job["id"].removeprefix(JOB_PREFIX), job["total_steps"]
+    newest_first = not query.ascending
+    messages = sorted(
+        ((at, f"ftevent-{name}-m{number:05d}", (level, text)) for at, level, text, number in job["messages"]),
+        reverse=newest_first,
+    )
+    metrics = (
+        (_time_of(job, step), f"ftevent-{name}-s{step:07d}", step)
+        for step in (reversed(steps) if newest_first else steps)
+    )
+
+    def shape(event: _Event) -> dict[str, Any]:
+        created_at, identifier, content = event
+        if isinstance(content, int):
+            return _metrics_event(identifier, created_at, content, total, steps[content])
+        level, text = content
+        return _event_body(identifier, created_at, text, level=level)
+
+    merged = heapq.merge(messages, metrics, key=lambda event: event[:2], reverse=newest_first)
+    return slice_by_id(merged, query, "event", lambda event: event[1], shape)
 
 
 def _figures_by_step(lines: Sequence[MetricsLine]) -> dict[int, Figures]:

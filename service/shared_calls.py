@@ -1,67 +1,65 @@
-"""Calls that threads share: of those that need the same result at the same time, one calls."""
+"""Calls that requests share: of those that need the same result at the same time, one calls."""
 
-import threading
-import time
+import asyncio
 from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Generic, TypeVar
+from weakref import WeakValueDictionary
+
+import anyio
+import anyio.to_thread
 
 Result = TypeVar("Result")
 
-_PAUSE_SECONDS = 0.1
-_MAX_KEYS = 1000
+_PAUSE_SECONDS = 0.25
 
 
 @dataclass
-class _Calls(Generic[Result]):
-    running: threading.Lock = field(default_factory=threading.Lock)
-    next: Future[Result] | None = None
-    """Result of the call that has not begun, if a thread waits for it."""
-    waiting: int = 0
-    """Threads that wait for that result."""
-    earliest: float = 0.0
-    """Time before which that call does not begin."""
+class _Call(Generic[Result]):
+    result: asyncio.Future[Result]
+    callers: int = 0
 
 
 class SharedCalls(Generic[Result]):
-    """Calls by key whose results are shared.
+    """Calls by key, each in a thread, whose results the coroutines of an event loop share.
 
-    A call begins after all threads that share it have asked, so none of them gets an older result than from a call of its own.
-    Threads that ask later share the next call, which begins a tenth of a second later if this one was shared.
+    A call begins after all coroutines that share it have asked, so none of them gets an older result than from a call of its own.
+    Those that ask later share the next call, which begins a quarter of a second later if this one was shared.
     """
 
-    def __init__(self) -> None:
-        """Start without calls."""
-        self._calls: dict[str, _Calls[Result]] = {}
-        self._changing = threading.Lock()
+    def __init__(self, limiter: Callable[[], anyio.CapacityLimiter] | None = None) -> None:
+        """Start without calls.
 
-    def __call__(self, key: str, call: Callable[[], Result]) -> Result:
-        """Return the result of `call`, or raise its exception; another thread may have called."""
-        with self._changing:
-            calls = self._of(key)
-            calls.waiting += 1
-            result, is_first = calls.next, calls.next is None
-            if result is None:
-                result = calls.next = Future[Result]()
-        if is_first:
-            self._run(calls, result, call)
-        return result.result()
+        Args:
+            limiter: Returns the limiter of the threads; None: that of all requests.
+        """
+        self._limiter = limiter
+        self._next: dict[str, _Call[Result]] = {}
+        """Calls that have not begun."""
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._running: set[asyncio.Task[None]] = set()
 
-    def _run(self, calls: _Calls[Result], result: Future[Result], call: Callable[[], Result]) -> None:
-        with calls.running:
-            time.sleep(max(0.0, calls.earliest - time.monotonic()))
-            with self._changing:
-                calls.next = None
-                is_shared, calls.waiting = calls.waiting > 1, 0
+    async def __call__(self, key: str, call: Callable[[], Result]) -> Result:
+        """Return the result of `call`, or raise its exception; another coroutine may have called."""
+        shared = self._next.get(key)
+        if shared is None:
+            shared = self._next[key] = _Call(asyncio.get_running_loop().create_future())
+            running = asyncio.create_task(self._run(key, call))
+            self._running.add(running)  # the event loop itself has only weak references
+            running.add_done_callback(self._running.discard)
+        shared.callers += 1
+        return await asyncio.shield(
+            shared.result
+        )  # a client that disconnects does not cancel the call of others
+
+    async def _run(self, key: str, call: Callable[[], Result]) -> None:
+        turn = self._turns.setdefault(key, asyncio.Lock())
+        async with turn:
+            shared = self._next.pop(key)
+            limiter = self._limiter() if self._limiter else None
             try:
-                result.set_result(call())
-            except BaseException as error:  # noqa: BLE001 - raised again by every thread that shares the call
-                result.set_exception(error)
-            if is_shared:
-                calls.earliest = time.monotonic() + _PAUSE_SECONDS
-
-    def _of(self, key: str) -> _Calls[Result]:
-        if key not in self._calls and len(self._calls) >= _MAX_KEYS:
-            self._calls = {name: calls for name, calls in self._calls.items() if calls.waiting}
-        return self._calls.setdefault(key, _Calls())
+                shared.result.set_result(await anyio.to_thread.run_sync(call, limiter=limiter))
+            except Exception as error:  # noqa: BLE001 - raised again in every coroutine that shares the call
+                shared.result.set_exception(error)
+            if shared.callers > 1:
+                await asyncio.sleep(_PAUSE_SECONDS)

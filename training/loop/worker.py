@@ -181,7 +181,7 @@ def prepare_process(plan: RunPlan, world: World) -> None:
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]  # no uninitialized memory is read
     if plan.device == "cpu":
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_world_size))
+        torch.set_num_threads(cpu_threads(plan.config.worker_resources.get("CPU"), world.local_world_size))
     if plan.deepspeed is not None:
         # Offloading compiles an optimizer with ninja, which is in the directory of this Python.
         os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -198,6 +198,18 @@ def prepare_process(plan: RunPlan, world: World) -> None:
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         load_offload_operators(plan.deepspeed, plan.config.optim)
         deepspeed.init_distributed(dist_backend=COLLECTIVE_BACKENDS[plan.device], auto_mpi_discovery=False)
+
+
+def cpu_threads(requested: float | None, local_world_size: int) -> int:
+    """Return the number of threads of a worker that trains on the CPU.
+
+    Args:
+        requested: The worker's CPUs in `worker_resources`, which other workers and jobs of the node do not get; None: a share of
+            all cores.
+        local_world_size: Workers of this run on the node.
+    """
+    cores = len(os.sched_getaffinity(0))
+    return max(1, cores // local_world_size if requested is None else min(cores, int(requested)))
 
 
 def _import_wandb(directory: Path) -> None:

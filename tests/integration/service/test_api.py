@@ -525,7 +525,7 @@ def test_only_valid_keys_are_answered(apis: list[Api], store: S3Store, monkeypat
     with pytest.raises(KeysError, match="keys list red"):
         revoke_keys(store, "red", None)
     later = SimpleNamespace(time=time.time, monotonic=lambda: time.monotonic() + 2)
-    monkeypatch.setattr("service.keys.time", later)
+    monkeypatch.setattr("service.middleware.time", later)
     again.get("/v1/models", 401)
     assert not any(red.key.encode() in store.read(item.key) for item in store.list())
 

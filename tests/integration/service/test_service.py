@@ -1,9 +1,7 @@
 """The service on Ray Serve, used by OpenAI's own client."""
 
-import asyncio
 import json
 import math
-import re
 import signal
 import socket
 import statistics
@@ -11,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection
@@ -27,10 +24,11 @@ from service.config import load_service
 from service.keys import create_key
 from tests.support.grids import only_in_test_service
 from tests.support.jobs import PROJECT, environment, error_of, run_main
+from tests.support.polling import start_long_job
 from tests.support.ports import free_port
 from tests.support.ray_cluster import RayCluster, ray_cluster
 from tests.support.served import OPENAI, PREFERENCE_CLIENT, Served, run_client, served
-from tests.support.service import Api, write_service
+from tests.support.service import write_service
 from tests.support.shown_commands import service_commands
 from tests.support.wandb_files import history_of, wandb_records
 from utils.storage.embedded_bucket import EmbeddedBucket
@@ -440,62 +438,18 @@ def test_idle_connection_stays_open(tmp_path: Path, bucket_uri: str, tiny_model:
 
 
 @only_in_test_service
-def test_100_clients_that_poll_a_job_get_no_server_error(
-    tmp_path: Path, bucket_uri: str, tiny_model: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_100_clients_that_poll_a_job_get_no_server_error(tmp_path: Path, bucket_uri: str, tiny_model: Path):
     """For a minute, each client asks for the running job and its newest events once a second."""
     base = {"output_dir": str(tmp_path / "scratch"), "train_batch_size_per_device": 4}
     limits = {"requests_per_minute": 10**6}
     config = write_service(tmp_path, bucket_uri, str(tiny_model), base, limits=limits)
     content = write_problems(TRAIN_KINDS, 2048, 1).encode()
     with served(config) as service:
-        assert service.key
-        api = Api(service.base_url.removesuffix("/v1"), service.key)
-        job = api.create_job(api.upload(content)["id"], hyperparameters={"n_epochs": 50})["id"]
-        printed = tmp_path / "scratch" / "jobs" / f"{job}.stderr"
-
-        def step() -> int:
-            steps = re.findall(rb"step (\d+)/", printed.read_bytes()) if printed.exists() else []
-            return int(steps[-1]) if steps else 0
-
-        while step() < 20:
-            assert api.get(f"/v1/fine_tuning/jobs/{job}")["status"] in (
-                "validating_files",
-                "queued",
-                "running",
-            )
-            time.sleep(0.5)
-        speeds, answered = [], Counter[int]()
-        for clients, seconds in ((0, 30), (100, 60), (0, 30)):
-            first, began = step(), time.monotonic()
-            answered += asyncio.run(poll(service, job, clients, seconds))
-            speeds.append((step() - first) / (time.monotonic() - began))
-        assert api.post(f"/v1/fine_tuning/jobs/{job}/cancel")["status"] == "cancelled"
-    with capsys.disabled():
-        shown = ", ".join(f"{speed:.1f}" for speed in speeds)
-        print(f"(steps/s before, with and after 100 clients: {shown}; answers: {dict(answered)})")
+        job = start_long_job(service, content, tmp_path / "scratch", hyperparameters={"n_epochs": 50})
+        _, answered = job.speed(clients=100, seconds=60)
+        job.cancel()
     assert set(answered) == {200}
     assert answered[200] > 1000
-
-
-async def poll(service: Served, job: str, clients: int, seconds: float) -> Counter[int]:
-    """Poll a job with this many clients; return how often each status was answered."""
-    statuses: Counter[int] = Counter()
-    until = time.monotonic() + seconds
-    headers = {"Authorization": f"Bearer {service.key}"}
-    path = f"{service.base_url}/fine_tuning/jobs/{job}"
-
-    async def client(number: int) -> None:
-        # An SSL context with certificates takes longer than all requests of a client.
-        async with httpx.AsyncClient(headers=headers, timeout=60, verify=False) as session:
-            await asyncio.sleep(number / 100)
-            while time.monotonic() < until:
-                for asked in (path, f"{path}/events?limit=20"):
-                    statuses[(await session.get(asked)).status_code] += 1
-                await asyncio.sleep(1)
-
-    await asyncio.gather(asyncio.sleep(seconds), *(client(number) for number in range(clients)))
-    return statuses
 
 
 @only_in_test_service

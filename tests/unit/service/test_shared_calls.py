@@ -1,49 +1,60 @@
-"""Threads share calls, and none gets a result from before it asked."""
+"""Coroutines share calls, and none gets a result from before it asked."""
 
+import asyncio
 import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
-
-import pytest
 
 from service.shared_calls import SharedCalls
 
 
-def test_threads_that_ask_during_a_call_share_the_next_one():
-    shared, numbers, may_end = SharedCalls[int](), iter(range(10)), threading.Event()
+def test_coroutines_that_ask_during_a_call_share_the_next_one():
+    shared, numbers = SharedCalls[int](), iter(range(10))
+    has_begun, may_end = threading.Event(), threading.Event()
 
     def call() -> int:
         number = next(numbers)
         if number == 0:
+            has_begun.set()
             may_end.wait(60)
         return number
 
-    with ThreadPoolExecutor(9) as pool:
-        first = pool.submit(shared, "key", call)
-        while next_is_waiting(shared):
-            time.sleep(0.001)
-        others = [pool.submit(shared, "key", call) for _ in range(8)]
-        while shared._calls["key"].waiting < 8:
-            time.sleep(0.001)
+    async def ask() -> None:
+        first = asyncio.create_task(shared("key", call))
+        await asyncio.to_thread(has_begun.wait, 60)
+        others = [asyncio.create_task(shared("key", call)) for _ in range(8)]
+        await asyncio.sleep(0)  # all have asked
         may_end.set()
-        assert first.result(60) == 0
-        assert {other.result(60) for other in others} == {1}
-    assert shared("key", call) == 2
+        assert await first == 0
+        assert await asyncio.gather(*others) == [1] * 8
+        assert await shared("key", call) == 2
 
-
-def next_is_waiting(shared: SharedCalls[int]) -> bool:
-    """Return whether the first call has not begun."""
-    return "key" not in shared._calls or shared._calls["key"].waiting > 0
+    asyncio.run(ask())
 
 
 def test_keys_do_not_wait_for_each_other():
     shared, may_end = SharedCalls[str](), threading.Event()
-    with ThreadPoolExecutor(1) as pool:
-        slow = pool.submit(shared, "slow", lambda: str(may_end.wait(60)))
-        assert shared("fast", lambda: "done") == "done"
+
+    async def ask() -> None:
+        slow = asyncio.create_task(shared("slow", lambda: str(may_end.wait(60))))
+        assert await shared("fast", lambda: "done") == "done"
         assert not slow.done()
         may_end.set()
-        assert slow.result(60) == "True"
+        assert await slow == "True"
+
+    asyncio.run(ask())
+
+
+def test_coroutine_that_is_cancelled_does_not_cancel_the_call_of_others():
+    shared, may_end = SharedCalls[str](), threading.Event()
+
+    async def ask() -> None:
+        first, second = (asyncio.create_task(shared("key", lambda: str(may_end.wait(60)))) for _ in range(2))
+        await asyncio.sleep(0)
+        first.cancel()
+        may_end.set()
+        assert await second == "True"
+        assert first.cancelled()
+
+    asyncio.run(ask())
 
 
 def test_exception_is_raised_and_not_remembered():
@@ -52,6 +63,22 @@ def test_exception_is_raised_and_not_remembered():
     def fail() -> int:
         raise ValueError("no answer")
 
-    with pytest.raises(ValueError, match="no answer"):
-        shared("key", fail)
-    assert shared("key", lambda: 1) == 1
+    async def ask() -> None:
+        for result in await asyncio.gather(shared("key", fail), shared("key", fail), return_exceptions=True):
+            assert isinstance(result, ValueError)
+        assert await shared("key", lambda: 1) == 1
+
+    asyncio.run(ask())
+
+
+def test_keys_are_forgotten():
+    shared = SharedCalls[int]()
+
+    async def ask() -> None:
+        await asyncio.gather(*(shared(f"key {number}", lambda: 1) for number in range(100)))
+        await asyncio.sleep(0)
+        assert not shared._next
+        assert not shared._turns
+        assert not shared._running
+
+    asyncio.run(ask())

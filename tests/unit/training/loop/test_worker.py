@@ -17,7 +17,7 @@ from tests.support.tiny_model import write_data
 from training.checkpoints.lease import held_lease
 from training.events import Event, Phase
 from training.loop.callbacks import Preempted
-from training.loop.worker import _callbacks, _prepare_inputs
+from training.loop.worker import _callbacks, _prepare_inputs, cpu_threads
 from training.planning.endpoints import ClusterTarget
 from training.planning.planner import make_plan
 from training.world import World
@@ -71,3 +71,26 @@ def test_weights_are_downloaded_while_libraries_load(
             inputs = _prepare_inputs(plan, lease, World(0, 0, 1, 1, 0), driver)
     name = "model.safetensors"
     assert (inputs.model_directory / name).read_bytes() == (tiny_model / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("requested", "local_world_size", "cores", "threads"),
+    [
+        (None, 1, 8, 8),
+        (None, 3, 8, 2),
+        (None, 4, 2, 1),
+        (1, 1, 8, 1),
+        (2.0, 3, 8, 2),
+        (0.5, 1, 8, 1),
+        (16, 1, 8, 8),
+    ],
+)
+def test_threads_of_a_worker_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+    requested: float | None,
+    local_world_size: int,
+    cores: int,
+    threads: int,
+):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(cores)))
+    assert cpu_threads(requested, local_world_size) == threads
