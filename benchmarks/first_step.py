@@ -4,7 +4,7 @@
   under torchrun, and an earlier version of this project in another directory (`git worktree add DIRECTORY COMMIT`).
 - A tiny model on one worker: CPU seconds of all processes, against the earlier version.
 - `main.py chat`: from the command to the first characters of the answer, against the earlier version, and the time that plain
-  transformers and PEFT take for the same adapter, also against the earlier version.
+  transformers and PEFT take for the same adapter, and for the base model alone, also against the earlier version.
 
 Each round runs all of them one after the other, in rotating order; ratios are taken within a round.
 """
