@@ -14,6 +14,7 @@ import uvicorn
 from ray import serve
 from ray.serve import Application
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from service.api import create_app
 from service.config import LoadedService, load_service
@@ -25,6 +26,7 @@ from utils.storage.s3 import S3Store
 APP_NAME = "fine-tuning"
 _MAX_ONGOING_REQUESTS = 1000
 _MAX_CONNECTIONS, _BACKLOG = 4000, 1024
+_RECEIVED_BYTES = 1024 * 1024
 _KEEP_ALIVE_SECONDS = 65
 """Longer than clients keep idle connections (httpx: 5 s), so that no request meets a connection that is being closed."""
 _M_MMAP_THRESHOLD, _LARGE_BYTES = -3, 1024 * 1024
@@ -40,6 +42,15 @@ class ProxiedReplica:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return create_app(self._service, self._handles)
+
+
+class _Protocol(H11Protocol):
+    """HTTP that receives bodies in blocks of 1 MB: for asyncio's 256 KB, an upload takes a quarter more CPU time."""
+
+    def connection_made(self, transport: Any) -> None:
+        """Set the size of blocks, an attribute of asyncio's transports on selectors."""
+        super().connection_made(transport)
+        transport.max_size = _RECEIVED_BYTES
 
 
 class ListeningReplica:
@@ -60,6 +71,8 @@ class ListeningReplica:
         app = create_app(service, handles)
         config = uvicorn.Config(
             app,
+            http=_Protocol,
+            loop="asyncio",
             log_config=None,
             access_log=False,
             limit_concurrency=_MAX_CONNECTIONS,

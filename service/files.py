@@ -1,7 +1,6 @@
 """Files: records, content in the bucket, and uploads that are streamed."""
 
 import asyncio
-import mmap
 import secrets
 import sys
 import time
@@ -312,9 +311,10 @@ class _Upload:
         self._part = _Part()
         self._part_count = 0
         self._has_file = self._is_complete = False
-        # A mapping takes memory only where it is filled, and leaves no holes in the heap, unlike a growing bytearray.
-        self._buffer, self._filled = mmap.mmap(-1, UPLOAD_PART_BYTES, mmap.MAP_PRIVATE), 0
-        self._parts_to_send: deque[bytes] = deque()
+        # A buffer of this size takes memory only where it is filled, and leaves no holes in the heap, unlike a growing one.
+        self._buffer, self._filled = bytearray(UPLOAD_PART_BYTES), 0
+        self._parts_to_send: deque[bytearray] = deque()
+        self._free: list[bytearray] = []
 
     async def stream_to(self, store: S3Store, key: str) -> "_Upload":
         """Parse the form and upload the file part by part; return this object with its fields and size.
@@ -338,10 +338,10 @@ class _Upload:
 
     async def _send_parts(self, upload: StreamedUpload, running: deque[asyncio.Task[None]]) -> None:
         parser, number = self._parser(), 0
-        sending: dict[int, bytes] = {}
 
-        def send(number: int) -> None:
-            upload.put(number, sending.pop(number))  # a thread frees its arguments later than it returns
+        def send(number: int, part: bytearray) -> None:
+            upload.put(number, part)
+            self._free.append(part)
 
         async for block in blocks_of(self._request):
             if self._filled + len(block) >= UPLOAD_PART_BYTES and len(running) == _PARTS_AT_A_TIME:
@@ -350,20 +350,15 @@ class _Upload:
             while self._parts_to_send:
                 if len(running) == _PARTS_AT_A_TIME:
                     await running.popleft()
-                sending[number] = self._parts_to_send.popleft()
-                running.append(asyncio.create_task(_in_content_thread(send, number)))
+                part = self._parts_to_send.popleft()
+                running.append(asyncio.create_task(_in_content_thread(send, number, part)))
                 number += 1
         self._check_complete()
         while running:
             await running.popleft()
-        await _in_content_thread(upload.complete, self._take_filled())
-
-    def _take_filled(self) -> bytes:
-        """Return the content of the buffer, which is empty then."""
-        content = self._buffer[: self._filled]
-        self._filled = 0
-        self.crc = crc64nvme(content, self.crc)
-        return content
+        last = bytes(memoryview(self._buffer)[: self._filled])
+        self.crc = crc64nvme(last, self.crc)
+        await _in_content_thread(upload.complete, last)
 
     def _check_complete(self) -> None:
         if not self._is_complete:
@@ -433,10 +428,15 @@ class _Upload:
             raise self._too_large()
         while start < end:
             taken = min(end - start, UPLOAD_PART_BYTES - self._filled)
-            self._buffer[self._filled : self._filled + taken] = data[start : start + taken]
+            self._buffer[self._filled : self._filled + taken] = memoryview(data)[start : start + taken]
             start, self._filled = start + taken, self._filled + taken
             if self._filled == UPLOAD_PART_BYTES:
-                self._parts_to_send.append(self._take_filled())
+                self.crc = crc64nvme(self._buffer, self.crc)  # pyright: ignore[reportArgumentType]  # its annotation lacks bytearray
+                self._parts_to_send.append(self._buffer)
+                self._buffer, self._filled = (
+                    self._free.pop() if self._free else bytearray(UPLOAD_PART_BYTES),
+                    0,
+                )
 
     def _on_part_end(self) -> None:
         part = self._part

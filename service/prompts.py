@@ -74,7 +74,7 @@ class ChatFormat:
             prompt = self._renderer.prompt(
                 Chat(request.messages, request.tools or None, variables=request.variables)
             )
-        except (RowError, DataError) as error:
+        except RowError as error:  # a syntax error in the template has been raised before
             raise ApiError(status=400, message=f"messages: {error}.", param="messages") from error
         tokens = list(encode_prompt(self.tokenizer, prompt, is_rendered=True))
         wanted = request.sampling.max_tokens or 1

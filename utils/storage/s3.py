@@ -365,7 +365,7 @@ class S3Store(Store):
             data = file.read(length)
         return self._put_part(where, index, data)
 
-    def _put_part(self, where: Mapping[str, str], index: int, data: bytes) -> dict[str, Any]:
+    def _put_part(self, where: Mapping[str, str], index: int, data: bytes | bytearray) -> dict[str, Any]:
         checksum = self._checksum_option(data)
         answer = self._request(
             lambda client: client.upload_part(**where, PartNumber=index + 1, Body=data, **checksum)
@@ -395,13 +395,14 @@ class S3Store(Store):
             if rejected.code != "NoSuchUpload":
                 raise
 
-    def _checksum_option(self, data: bytes) -> dict[str, str]:
+    def _checksum_option(self, data: bytes | bytearray) -> dict[str, str]:
         """Return the checksum with which the server detects damaged `data`; empty if the settings disable checksums."""
         if not self._sends_checksums:
             return {}
         from awscrt.checksums import crc64nvme
 
-        return {"ChecksumCRC64NVME": base64.b64encode(crc64nvme(data).to_bytes(8)).decode()}
+        number = crc64nvme(data)  # pyright: ignore[reportArgumentType]  # its annotation lacks bytearray
+        return {"ChecksumCRC64NVME": base64.b64encode(number.to_bytes(8)).decode()}
 
     @property
     def _sends_checksums(self) -> bool:
@@ -540,7 +541,7 @@ class StreamedUpload:
         self._beginning = Lock()
         self._done: dict[int, dict[str, Any]] = {}
 
-    def put(self, index: int, data: bytes) -> None:
+    def put(self, index: int, data: bytes | bytearray) -> None:
         """Upload a part; the first one has the index 0."""
         with self._store._errors("upload to", self._key):
             with self._beginning:
