@@ -115,6 +115,7 @@ class JobDriver:
         settings = FinetuneConfig.model_validate(yaml.safe_load(config))
         directory = make_scratch_directory(settings) / "jobs"
         directory.mkdir(exist_ok=True)
+        directory.chmod(0o700)  # the plan, in the error output, shows rows of the training file
         path = directory / f"{job_id}.yaml"
         path.write_text(config, "utf-8")
         self._errors = path.with_suffix(".stderr")

@@ -486,6 +486,19 @@ def test_job_whose_driver_cannot_be_constructed_fails_with_the_reason(
     assert len(killed) == scheduler._MAX_ATTEMPTS
 
 
+def test_only_the_owner_can_read_what_a_driver_prints(
+    red: Api, store: S3Store, scheduling: Scheduler, tmp_path: Path
+):
+    job_id = red.create_job(red.upload(rows())["id"])["id"]
+    config = yaml.safe_load(scheduling._config_of("red", set_status(store, job_id, "running")))
+    driver = JobDriver(yaml.safe_dump(config | {"output_dir": str(tmp_path)}), job_id, "127.0.0.1:1")
+    assert driver._process is not None
+    driver._process.kill()
+    driver._process.wait()
+    assert (tmp_path / "jobs" / f"{job_id}.stderr").exists()
+    assert (tmp_path / "jobs").stat().st_mode & 0o777 == 0o700
+
+
 def test_only_failures_without_progress_fail_a_job(
     red: Api, store: S3Store, scheduling: Scheduler, monkeypatch: pytest.MonkeyPatch
 ):
